@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from fusedreg.layer import LayerOptions
@@ -23,7 +23,7 @@ ZoneoutOutput = Literal["state", "candidate"]
 RunningKind = Literal["per_step", "shared"]
 InputStatistics = Literal["step", "sequence"]
 
-Rate = Union[float, Sequence[float]]
+Rate = float | Sequence[float]
 
 RATE_NAMES = (
     "dropout",
