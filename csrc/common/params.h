@@ -38,10 +38,10 @@ struct Options {
   int32_t layer = 0;
   bool reverse = false;
   bool training = false;
-  bool untied_masks = false;         // gate_masks="untied"
-  bool update_mask_sequence = false; // update_mask="sequence"
-  bool weight_mask_row = false;      // weight_mask="row"
-  bool zoneout_candidate = false;    // zoneout_output="candidate"
+  bool untied_masks = false;          // gate_masks="untied"
+  bool update_mask_sequence = false;  // update_mask="sequence"
+  bool weight_mask_row = false;       // weight_mask="row"
+  bool zoneout_candidate = false;     // zoneout_output="candidate"
   NormKind norm = NormKind::None;
   bool norm_input = false;
   bool norm_recurrent = false;
@@ -84,16 +84,16 @@ struct LayerInputs {
   Options options;
   double norm_eps = 0;
   uint64_t seed = 0;
-  const void* input = nullptr;           // (T, B, I) storage
+  const void* input = nullptr;                          // (T, B, I) storage
   int64_t input_step_stride = 0, input_row_stride = 0;  // in elements
-  const void* weight_ih = nullptr;       // (4H, I) storage
-  const void* weight_hh = nullptr;       // (4H, H) storage
-  const void* bias_ih = nullptr;         // (4H,) storage, or null
-  const void* bias_hh = nullptr;         // (4H,) storage, or null
-  const void* initial_hidden = nullptr;  // (B, H) storage, or null for zeros
-  const void* initial_cell = nullptr;    // (B, H) compute, or null for zeros
-  const int64_t* lengths = nullptr;      // (B,), clamped to [0, T] by the kernel; null: all T
-  const bool* reset = nullptr;           // (T, B), or null
+  const void* weight_ih = nullptr;                      // (4H, I) storage
+  const void* weight_hh = nullptr;                      // (4H, H) storage
+  const void* bias_ih = nullptr;                        // (4H,) storage, or null
+  const void* bias_hh = nullptr;                        // (4H,) storage, or null
+  const void* initial_hidden = nullptr;                 // (B, H) storage, or null for zeros
+  const void* initial_cell = nullptr;                   // (B, H) compute, or null for zeros
+  const int64_t* lengths = nullptr;                     // (B,), clamped to [0, T] by the kernel; null: all T
+  const bool* reset = nullptr;                          // (T, B), or null
   NormParameters norm;
   RunningStatistics running;
 };
@@ -105,8 +105,8 @@ struct LayerOutputs {
   void* final_cell = nullptr;    // (B, H) compute
   void* cells = nullptr;         // (T, B, H) compute: the carried c_s at position t, 0 in padding
   void* hidden = nullptr;        // (T, B, H) storage: the carried h_s, 0 in padding; only where it differs from output
-  void* gates = nullptr;         // (T, B, 4H) storage: i, f, g, o activated; with a norm the raw a = h W_hh^T; 0 in padding
-  void* input_gates = nullptr;   // (T, B, 4H) storage: the raw r = x W_ih^T, only with a norm; 0 in padding
+  void* gates = nullptr;  // (T, B, 4H) storage: i, f, g, o activated; with a norm the raw a = h W_hh^T; 0 in padding
+  void* input_gates = nullptr;  // (T, B, 4H) storage: the raw r = x W_ih^T, only with a norm; 0 in padding
   // [:, 0] the mean and [:, 1] the biased variance used, in the compute type. Batch norm: indexed by the processed
   // step s: input (T or 1, 2, 4H), recurrent (T, 2, 4H), cell (T, 2, H), 0 at steps no row reaches.
   // Layer norm: (T, 2, B) each, indexed by position t, 0 in padding.
@@ -123,19 +123,19 @@ struct ForwardParams {
 // The backward reads what the forward wrote (in `saved`, never written) and the gradients of its results.
 struct BackwardParams {
   LayerInputs in;
-  LayerOutputs saved;  // hidden: the carried h_s, whether or not it is the output
-  const void* grad_output = nullptr;        // (T, B, H) storage, or null
+  LayerOutputs saved;                 // hidden: the carried h_s, whether or not it is the output
+  const void* grad_output = nullptr;  // (T, B, H) storage, or null
   int64_t grad_output_step_stride = 0, grad_output_row_stride = 0;  // in elements; units contiguous
-  const void* grad_final_hidden = nullptr;  // (B, H) storage, or null
-  const void* grad_final_cell = nullptr;    // (B, H) compute, or null
-  const void* grad_cells = nullptr;         // (T, B, H) compute, or null
+  const void* grad_final_hidden = nullptr;                          // (B, H) storage, or null
+  const void* grad_final_cell = nullptr;                            // (B, H) compute, or null
+  const void* grad_cells = nullptr;                                 // (T, B, H) compute, or null
   // Results; null where not wanted.
-  void* grad_input = nullptr;           // (T, B, I) storage, 0 in padding
-  void* grad_weight_ih = nullptr;       // (4H, I) storage
-  void* grad_weight_hh = nullptr;       // (4H, H) storage
-  void* grad_bias = nullptr;            // (4H,) storage: the gradient of each of the two biases
-  void* grad_initial_hidden = nullptr;  // (B, H) storage
-  void* grad_initial_cell = nullptr;    // (B, H) compute
+  void* grad_input = nullptr;              // (T, B, I) storage, 0 in padding
+  void* grad_weight_ih = nullptr;          // (4H, I) storage
+  void* grad_weight_hh = nullptr;          // (4H, H) storage
+  void* grad_bias = nullptr;               // (4H,) storage: the gradient of each of the two biases
+  void* grad_initial_hidden = nullptr;     // (B, H) storage
+  void* grad_initial_cell = nullptr;       // (B, H) compute
   void* grad_norm_input_weight = nullptr;  // (4H,) storage, and so on
   void* grad_norm_input_bias = nullptr;
   void* grad_norm_recurrent_weight = nullptr;

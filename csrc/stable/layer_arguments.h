@@ -1,0 +1,318 @@
+// The arguments that the forward and the backward of a layer share: read from the stack, checked, made into structs.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "../common/params.h"
+#include "tensors.h"
+
+namespace fusedreg::stable {
+
+// Takes an operator's arguments off the dispatcher's stack, in the schema's order; each is owned once taken.
+class ArgumentReader {
+ public:
+  explicit ArgumentReader(StableIValue* stack) : next_(stack) {}
+
+  template <typename T>
+  T take() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+  template <typename... T>
+  void take_into(T&... targets) {
+    ((targets = take<T>()), ...);
+  }
+
+ private:
+  StableIValue* next_;
+};
+
+// The sites of the normalisation, in the order of the tensors' names.
+struct NormTensors {
+  OptionalTensor weight, bias, running_mean, running_var;
+};
+
+struct SavedTensors {
+  Tensor cells, hidden, gates, input_gates, input_statistics, recurrent_statistics, cell_statistics;
+};
+
+// Shapes and types of one layer's tensors: what both the checks and the allocations go by.
+struct LayerShapes {
+  ScalarType storage, compute;
+  int64_t steps, rows, input_size, hidden_size;
+
+  Shape gates() const { return {steps, rows, 4 * hidden_size}; }
+  Shape states() const { return {steps, rows, hidden_size}; }
+  Shape state() const { return {rows, hidden_size}; }
+  // Batch norm: one row a processed step, or one in all; layer norm: one value a step and row.
+  Shape statistics(const Options& options, bool input, int64_t width) const {
+    if (options.norm == NormKind::Layer) return {steps, 2, rows};
+    return {input && options.norm_input_sequence ? 1 : steps, 2, width};
+  }
+};
+
+class LayerArguments {
+ public:
+  LayerArguments(const char* operator_name, ArgumentReader& reader, bool with_saved) : name_(operator_name) {
+    reader.take_into(input, weight_ih_, weight_hh_, bias_ih_, bias_hh_, initial_hidden_, initial_cell_, lengths_,
+                     reset_, seed_);
+    for (NormTensors& norm : norms_) reader.take_into(norm.weight, norm.bias);
+    reader.take_into(running_index_, running_input_index_);
+    for (NormTensors& norm : norms_) reader.take_into(norm.running_mean, norm.running_var);
+    if (with_saved) {
+      saved_.emplace();
+      reader.take_into(saved_->cells, saved_->hidden, saved_->gates, saved_->input_gates, saved_->input_statistics,
+                       saved_->recurrent_statistics, saved_->cell_statistics);
+    }
+    reader.take_into(rates_, options_, norm_eps_);
+  }
+
+  // Checks everything but the saved tensors. The pointers are valid as long as this object lives.
+  LayerInputs check(bool cpu) {
+    read_options();
+    read_shapes(cpu);
+    const int64_t gates = 4 * shapes.hidden_size;
+    expect.check_strided("input", input, shapes.storage, "(T, B, I)", shape_of(input));
+    expect.check_contiguous("weight_ih", weight_ih_, shapes.storage, "(4H, I)", {gates, shapes.input_size});
+    expect.check_contiguous("weight_hh", weight_hh_, shapes.storage, "(4H, H)", {gates, shapes.hidden_size});
+    expect.check_contiguous("bias_ih", bias_ih_, shapes.storage, "(4H,)", {gates});
+    expect.check_contiguous("bias_hh", bias_hh_, shapes.storage, "(4H,)", {gates});
+    expect.check_contiguous("initial_hidden", initial_hidden_, shapes.storage, "(B, H)", shapes.state());
+    expect.check_contiguous("initial_cell", initial_cell_, shapes.compute, "(B, H)", shapes.state());
+    expect.check_contiguous("lengths", lengths_, ScalarType::Long, "(B,)", {shapes.rows});
+    expect.check_contiguous("reset", reset_, ScalarType::Bool, "(T, B)", {shapes.steps, shapes.rows});
+    if (options.norm != NormKind::None) check_norm_parameters();
+    if (options.norm == NormKind::Batch) check_running_statistics();
+    return pointers();
+  }
+
+  // The saved tensors, of which those that the options do not ask for are empty, and not looked at.
+  LayerOutputs check_saved() {
+    if (options.save == Save::Nothing) fail(name_, ": options: expected a forward that saved for the backward");
+    const bool has_norm = options.norm != NormKind::None;
+    const bool has_gates = options.save == Save::Gates;
+    LayerOutputs saved;
+    saved.cells = checked_saved("cells", saved_->cells, shapes.compute, shapes.states(), true);
+    saved.hidden = checked_saved("hidden", saved_->hidden, shapes.storage, shapes.states(), true);
+    saved.gates = checked_saved("gates", saved_->gates, shapes.storage, shapes.gates(), has_gates);
+    saved.input_gates =
+        checked_saved("input_gates", saved_->input_gates, shapes.storage, shapes.gates(), has_gates && has_norm);
+    const int64_t gates = 4 * shapes.hidden_size;
+    saved.input_statistics = checked_saved("input_statistics", saved_->input_statistics, shapes.compute,
+                                           shapes.statistics(options, true, gates), has_norm && options.norm_input);
+    saved.recurrent_statistics =
+        checked_saved("recurrent_statistics", saved_->recurrent_statistics, shapes.compute,
+                      shapes.statistics(options, false, gates), has_norm && options.norm_recurrent);
+    saved.cell_statistics =
+        checked_saved("cell_statistics", saved_->cell_statistics, shapes.compute,
+                      shapes.statistics(options, false, shapes.hidden_size), has_norm && options.norm_cell);
+    return saved;
+  }
+
+  const char* name() const { return name_; }
+
+  Tensor input;
+  Options options;
+  Rates rates;
+  LayerShapes shapes{};
+  Expectation expect{};
+
+ private:
+  void read_options() {
+    if (rates_.size() != kNumberOfRates || options_.size() != kNumberOfOptions) {
+      fail(name_, ": expected ", kNumberOfRates, " rates and ", kNumberOfOptions, " options, got ", rates_.size(),
+           " and ", options_.size(),
+           "; the Python files and the built extension are of different versions: build it again");
+    }
+    for (const double rate : rates_) {
+      if (!(rate >= 0.0 && rate < 1.0)) fail(name_, ": rates: expected numbers in [0, 1), got ", rate);
+    }
+    if (!(norm_eps_ >= 0.0) || std::isinf(norm_eps_)) fail(name_, ": norm_eps: expected >= 0, got ", norm_eps_);
+    rates = {rates_[0], rates_[1], rates_[2], rates_[3], rates_[4], rates_[5], rates_[6], rates_[7], rates_[8]};
+    const auto limit = [this](int index, int64_t end) {
+      const int64_t value = options_[index];
+      if (value < 0 || value >= end)
+        fail(name_, ": options[", index, "]: expected 0 <= value < ", end, ", got ", value);
+      return static_cast<int32_t>(value);
+    };
+    const auto flag = [&limit](int index) { return limit(index, 2) == 1; };
+    options.layer = limit(0, int64_t{1} << 30);  // layer * 2 + direction is a 32-bit word of the masks' counter
+    options.reverse = flag(1);
+    options.training = flag(2);
+    options.untied_masks = flag(3);
+    options.update_mask_sequence = flag(4);
+    options.weight_mask_row = flag(5);
+    options.zoneout_candidate = flag(6);
+    options.norm = static_cast<NormKind>(limit(7, 3));
+    options.norm_input = flag(8);
+    options.norm_recurrent = flag(9);
+    options.norm_cell = flag(10);
+    options.norm_input_sequence = flag(11);
+    options.return_cells = flag(12);
+    options.save = static_cast<Save>(limit(13, 3));
+  }
+
+  void read_shapes(bool cpu) {
+    expect = {name_, cpu, input.get_device_index()};
+    const Shape input_shape = shape_of(input);
+    if (input_shape.size() != 3 || input_shape[0] == 0) {
+      fail(name_, ": input: expected shape (T, B, I) with T >= 1, got ", text(input_shape));
+    }
+    const Shape weight_shape = shape_of(weight_hh_);
+    if (weight_shape.size() != 2 || weight_shape[1] == 0) {
+      fail(name_, ": weight_hh: expected shape (4H, H) with H >= 1, got ", text(weight_shape));
+    }
+    const ScalarType type = input.scalar_type();
+    if (type != ScalarType::Float && type != ScalarType::Double && type != ScalarType::BFloat16 &&
+        (cpu || type != ScalarType::Half)) {
+      fail(name_, ": input: expected dtype float32, float64 or bfloat16, got ", text(type),
+           "; use backend=\"reference\" for it");
+    }
+    shapes = {type,           type == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
+              input_shape[0], input_shape[1],
+              input_shape[2], weight_shape[1]};
+    // Row and step numbers are 32-bit words of the masks' counter; sizes are multiplied by 4 below.
+    for (const int64_t size : {shapes.steps, shapes.rows, shapes.input_size, shapes.hidden_size}) {
+      if (size >= (int64_t{1} << 31) - 4) fail(name_, ": input: expected sizes below 2^31, got ", text(input_shape));
+    }
+  }
+
+  bool site(int index) const {
+    return index == 0 ? options.norm_input : index == 1 ? options.norm_recurrent : options.norm_cell;
+  }
+  int64_t width(int index) const { return (index == 2 ? 1 : 4) * shapes.hidden_size; }
+  static std::string norm_name(const char* prefix, int index, const char* suffix) {
+    static constexpr const char* kSites[] = {"input", "recurrent", "cell"};
+    return std::string(prefix) + kSites[index] + suffix;
+  }
+
+  void check_norm_parameters() {
+    for (int index = 0; index < 3; ++index) {
+      NormTensors& norm = norms_[index];
+      if (!site(index)) continue;
+      const char* symbols = index == 2 ? "(H,)" : "(4H,)";
+      const std::string weight = norm_name("norm_", index, "_weight");
+      if (!norm.weight) fail(name_, ": ", weight, ": expected a tensor, since this norm is on, got None");
+      expect.check_contiguous(weight.c_str(), norm.weight, shapes.storage, symbols, {width(index)});
+      expect.check_contiguous(norm_name("norm_", index, "_bias").c_str(), norm.bias, shapes.storage, symbols,
+                              {width(index)});
+    }
+  }
+
+  // An index is read from a tensor and used as a row number, so it is checked against the rows that there are.
+  // Without an index every step reads mean 0 and variance 1.
+  void check_running_statistics() {
+    const int64_t input_end = check_index("running_input_index", running_input_index_);
+    const int64_t end = check_index("running_index", running_index_);
+    for (int index = 0; index < 3; ++index) {
+      if (!site(index)) continue;
+      NormTensors& norm = norms_[index];
+      const int64_t rows_read = index == 0 ? input_end : end;
+      for (const bool mean : {true, false}) {
+        OptionalTensor& tensor = mean ? norm.running_mean : norm.running_var;
+        const std::string tensor_name = norm_name("running_", index, mean ? "_mean" : "_var");
+        if (!tensor) {
+          if (rows_read > 0) fail(name_, ": ", tensor_name, ": expected a tensor, since an index reads it, got None");
+          continue;
+        }
+        const Shape shape = shape_of(*tensor);
+        const int64_t rows = shape.empty() ? 0 : shape[0];
+        expect.check_contiguous(tensor_name.c_str(), *tensor, shapes.compute, index == 2 ? "(R, H)" : "(R, 4H)",
+                                {rows, width(index)});
+        if (rows_read > rows) {
+          fail(name_, ": ", tensor_name, ": expected at least ", rows_read, " rows, which an index reads, got ", rows);
+        }
+      }
+    }
+  }
+
+  // One past the largest row that the index reads; makes the index of an absent one.
+  int64_t check_index(const char* index_name, OptionalTensor& index) {
+    if (!index) {
+      index = empty(input, {shapes.steps}, ScalarType::Long);
+      std::fill_n(static_cast<int64_t*>(index->mutable_data_ptr()), shapes.steps, int64_t{-1});
+      return 0;
+    }
+    expect.check_contiguous(index_name, *index, ScalarType::Long, "(T,)", {shapes.steps});
+    const auto* values = static_cast<const int64_t*>(pointer(*index));
+    const auto [smallest, largest] = std::minmax_element(values, values + shapes.steps);
+    if (*smallest < -1) fail(name_, ": ", index_name, ": expected row numbers or -1, got ", *smallest);
+    return *largest + 1;
+  }
+
+  void* checked_saved(const char* tensor_name, Tensor& tensor, ScalarType type, const Shape& shape, bool wanted) {
+    if (!wanted) return nullptr;
+    const char* symbols = "the forward's";
+    expect.check_contiguous(tensor_name, tensor, type, symbols, shape);
+    return const_cast<void*>(pointer(tensor));  // the struct is the forward's; the backward writes none of it
+  }
+
+  LayerInputs pointers() const {
+    LayerInputs in;
+    in.dtype = shapes.storage == ScalarType::Double     ? fusedreg::ScalarType::Float64
+               : shapes.storage == ScalarType::Float    ? fusedreg::ScalarType::Float32
+               : shapes.storage == ScalarType::BFloat16 ? fusedreg::ScalarType::BFloat16
+                                                        : fusedreg::ScalarType::Float16;
+    in.steps = shapes.steps;
+    in.rows = shapes.rows;
+    in.input_size = shapes.input_size;
+    in.hidden_size = shapes.hidden_size;
+    in.rates = rates;
+    in.options = options;
+    in.norm_eps = norm_eps_;
+    in.seed = seed();
+    in.input = pointer(input);
+    in.input_step_stride = input.stride(0);
+    in.input_row_stride = input.stride(1);
+    in.weight_ih = pointer(weight_ih_);
+    in.weight_hh = pointer(weight_hh_);
+    in.bias_ih = pointer(bias_ih_);
+    in.bias_hh = pointer(bias_hh_);
+    in.initial_hidden = pointer(initial_hidden_);
+    in.initial_cell = pointer(initial_cell_);
+    in.lengths = static_cast<const int64_t*>(pointer(lengths_));
+    in.reset = static_cast<const bool*>(pointer(reset_));
+    const auto if_on = [this](int index, const OptionalTensor& tensor) {
+      return options.norm != NormKind::None && site(index) ? pointer(tensor) : nullptr;
+    };
+    in.norm = {if_on(0, norms_[0].weight), if_on(0, norms_[0].bias),   if_on(1, norms_[1].weight),
+               if_on(1, norms_[1].bias),   if_on(2, norms_[2].weight), if_on(2, norms_[2].bias)};
+    if (options.norm == NormKind::Batch) {
+      in.running.index = static_cast<const int64_t*>(pointer(running_index_));
+      in.running.input_index = static_cast<const int64_t*>(pointer(running_input_index_));
+      in.running.input_mean = if_on(0, norms_[0].running_mean);
+      in.running.input_var = if_on(0, norms_[0].running_var);
+      in.running.recurrent_mean = if_on(1, norms_[1].running_mean);
+      in.running.recurrent_var = if_on(1, norms_[1].running_var);
+      in.running.cell_mean = if_on(2, norms_[2].running_mean);
+      in.running.cell_var = if_on(2, norms_[2].running_var);
+    }
+    return in;
+  }
+
+  // On the host: the kernels of this backend run there.
+  uint64_t seed() const {
+    const bool draws =
+        options.training && std::any_of(rates_.begin(), rates_.end(), [](double rate) { return rate > 0.0; });
+    if (!draws) return 0;
+    if (!seed_) fail(name_, ": seed: expected a 0-dimensional int64 tensor, since a rate is active, got None");
+    expect.check("seed", *seed_, ScalarType::Long, "()", {});
+    return static_cast<uint64_t>(*static_cast<const int64_t*>(pointer(*seed_)));
+  }
+
+  const char* name_;
+  Tensor weight_ih_, weight_hh_;
+  OptionalTensor bias_ih_, bias_hh_, initial_hidden_, initial_cell_, lengths_, reset_, seed_;
+  NormTensors norms_[3];
+  OptionalTensor running_index_, running_input_index_;
+  std::optional<SavedTensors> saved_;  // an empty Tensor costs an allocation, so the forward has none
+  std::vector<double> rates_;
+  std::vector<int64_t> options_;
+  double norm_eps_ = 0;
+};
+
+}  // namespace fusedreg::stable

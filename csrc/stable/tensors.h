@@ -1,0 +1,124 @@
+// Checking, converting and allocating tensors through LibTorch's stable ABI. Used by the registration files alone:
+// kernels see pointers.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace fusedreg::stable {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string text(const Shape& shape) {
+  std::ostringstream result;
+  result << "(";
+  for (size_t i = 0; i < shape.size(); ++i) result << (i ? ", " : "") << shape[i];
+  result << (shape.size() == 1 ? ",)" : ")");
+  return result.str();
+}
+
+inline const char* text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+inline Shape shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+// What every tensor of one call must satisfy, named for its messages.
+struct Expectation {
+  const char* operator_name;
+  bool cpu;  // otherwise CUDA, all on one device
+  int32_t device_index;
+
+  // Fails unless `tensor` is on the device, of the type, and of the shape; `symbols` is the shape in letters.
+  void check(const char* name, const Tensor& tensor, ScalarType type, const char* symbols, const Shape& shape) const {
+    if (cpu ? !tensor.is_cpu() : (!tensor.is_cuda() || tensor.get_device_index() != device_index)) {
+      fail(operator_name, ": ", name, ": expected a tensor on the device of input, got one elsewhere; move it there");
+    }
+    if (tensor.scalar_type() != type) {
+      fail(operator_name, ": ", name, ": expected dtype ", text(type), ", got ", text(tensor.scalar_type()),
+           "; convert it with .to()");
+    }
+    if (const Shape got = shape_of(tensor); got != shape) {
+      fail(operator_name, ": ", name, ": expected shape ", symbols, " = ", text(shape), ", got ", text(got));
+    }
+  }
+
+  // The same, and afterwards `tensor` is contiguous. Gradients often are not: that of y.sum() is one number, expanded.
+  void check_contiguous(const char* name, Tensor& tensor, ScalarType type, const char* symbols,
+                        const Shape& shape) const {
+    check(name, tensor, type, symbols, shape);
+    if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
+  }
+
+  void check_contiguous(const char* name, OptionalTensor& tensor, ScalarType type, const char* symbols,
+                        const Shape& shape) const {
+    if (tensor) check_contiguous(name, *tensor, type, symbols, shape);
+  }
+
+  // The same for (T, B, features), of which only the features need to lie next to each other.
+  void check_strided(const char* name, Tensor& tensor, ScalarType type, const char* symbols, const Shape& shape) const {
+    check(name, tensor, type, symbols, shape);
+    if (shape.back() > 1 && tensor.stride(2) != 1) tensor = torch::stable::contiguous(tensor);
+  }
+};
+
+inline const void* pointer(const Tensor& tensor) { return tensor.const_data_ptr(); }
+inline const void* pointer(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+// An uninitialised contiguous tensor on the device of `like`. Straight to the C interface: through the dispatcher,
+// as torch::stable::empty goes, ten results cost more than a short sequence does.
+inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
+  Shape strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= shape[i] > 0 ? shape[i] : 1;
+  }
+  const int32_t device = like.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
+  int32_t dtype = 0;
+  switch (type) {
+    case ScalarType::Float: dtype = aoti_torch_dtype_float32(); break;
+    case ScalarType::Double: dtype = aoti_torch_dtype_float64(); break;
+    case ScalarType::BFloat16: dtype = aoti_torch_dtype_bfloat16(); break;
+    case ScalarType::Half: dtype = aoti_torch_dtype_float16(); break;
+    case ScalarType::Long: dtype = aoti_torch_dtype_int64(); break;
+    default: fail("fusedreg: no result has dtype ", text(type));
+  }
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, device,
+                               like.get_device_index(), &handle) != TORCH_SUCCESS) {
+    fail("fusedreg: could not allocate a result of shape ", text(shape), " and dtype ", text(type),
+         "; use a smaller batch or a shorter sequence");
+  }
+  return Tensor(handle);
+}
+
+}  // namespace fusedreg::stable
