@@ -1,0 +1,147 @@
+"""Numbers before speed: a variant is compared with the truth on a case's own sizes before it is timed.
+
+The plain layer is held to ``nn.LSTM`` in float64; a regularised layer to the float64 reference, with the error
+budget of :mod:`fusedreg.testing`. Sequences are cut to a few steps so that a check costs seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.registry import EAGER_PLAIN, TORCH, Case, Variant
+from benchmarks.variants import (
+    Inputs,
+    Runnable,
+    Unavailable,
+    fusedreg_keywords,
+    make_inputs,
+    make_runnable,
+)
+
+PLAIN_STEPS, LAYER_STEPS, SEEDS = 16, 4, 2
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether a variant's numbers are right, and in words how that was found out."""
+
+    passed: bool
+    detail: str
+
+
+def _values(runnable: Runnable) -> dict[str, Tensor]:
+    """Output and every gradient by name, in float64 on the CPU."""
+    output = runnable.output()
+    names = ["input", *(name for name, _ in runnable.module.named_parameters())]
+    found = {"output": output.detach()}
+    found |= {f"grad {name}": value for name, value in zip(names, runnable.gradients(output), strict=True)}
+    return {name: value.double().cpu() for name, value in found.items()}
+
+
+def _errors(values: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Relative Frobenius errors; infinite where a value is not finite or not there."""
+    errors = {}
+    for name, expected in exact.items():
+        if name not in values or values[name].shape != expected.shape:
+            errors[name] = float("inf")
+            continue
+        error = (torch.linalg.vector_norm(values[name] - expected) / torch.linalg.vector_norm(expected)).item()
+        errors[name] = error if error == error else float("inf")
+    return errors
+
+
+def check_plain(variant: Variant, case: Case, device: str, dtype: torch.dtype) -> Check:
+    """``variant`` without regularisers against ``nn.LSTM`` in float64 on the same rounded inputs and weights.
+
+    Allowed, per tensor: twice the larger of the errors that ``nn.LSTM`` and the eager loop make in ``dtype``.
+    """
+    short = replace(case, steps=min(case.steps, PLAIN_STEPS), reset_rate=0.0)
+    inputs = make_inputs(short, device, dtype)
+    ours = make_runnable(variant, short, inputs, "training")
+    exact_inputs = Inputs(inputs.values.detach().double().requires_grad_(), inputs.grad_output.double(), None)
+    truth = make_runnable(TORCH, short, inputs, "training")
+    exact = _values(Runnable(truth.module.double(), exact_inputs, takes_reset=False))
+    allowed = dict.fromkeys(exact, torch.finfo(dtype).eps / (1 if dtype.itemsize > 2 else 16))
+    for other in (TORCH, EAGER_PLAIN):
+        for name, error in _errors(_values(make_runnable(other, short, inputs, "training")), exact).items():
+            allowed[name] = max(allowed[name], error)
+    found = _errors(_values(ours), exact)
+    wrong = [
+        f"{name} {error:.1e}, allowed {2 * allowed[name]:.1e}"
+        for name, error in found.items()
+        if not error <= 2 * allowed[name]
+    ]
+    if wrong:
+        return Check(False, "differs from nn.LSTM in float64: " + "; ".join(wrong))
+    return Check(True, f"within twice the error of nn.LSTM against float64 (worst {max(found.values()):.1e})")
+
+
+def check_layer(variant: Variant, case: Case, device: str, dtype: torch.dtype) -> Check:
+    """One layer with ``variant``'s options against the float64 reference, within the error budget."""
+    try:
+        from fusedreg.regularization import Regularization
+        from fusedreg.testing import LayerCase, make_arguments
+        from fusedreg.testing.budget import (
+            PermutedSums,
+            check_report,
+            compare,
+            eager_errors,
+            implementation,
+            run_layer,
+        )
+
+        reference, ours = implementation("reference"), implementation(torch.device(device).type)
+    except (ImportError, ValueError) as error:
+        raise Unavailable(f"cannot be checked: {error}") from error
+    short = replace(case, steps=min(case.steps, LAYER_STEPS))
+    keywords = fusedreg_keywords(variant, short)
+    keywords.pop("recompute", None)
+    layer = LayerCase(
+        variant.name,
+        steps=short.steps,
+        rows=short.batch_size,
+        input_size=short.input_size,
+        hidden_size=short.hidden_size,
+        regularization=Regularization(**keywords),
+        dtype=dtype,
+        device=device,
+        recompute=variant.recompute,
+        return_cells=False,
+        resets=short.reset_rate > 0.0,
+        initial_state=False,
+        num_layers=max(case.num_layers, 2 if "dropout" in variant.rates else 1),
+    )
+    arguments = [make_arguments(layer, seed) for seed in range(SEEDS)]
+    exact = [run_layer(reference, layer, each.to(torch.float64)) for each in arguments]
+    orders = [[run_layer(reference, layer, each) for each in arguments]]
+    with PermutedSums():
+        orders.append([run_layer(reference, layer, each) for each in arguments])
+    runs = [run_layer(ours, layer, each) for each in arguments]
+    report, faults = compare(runs, exact, eager_errors(orders, exact), dtype)
+    try:
+        check_report(layer.id, report, faults)
+    except AssertionError as error:
+        return Check(False, str(error))
+    worst = max((one.error / one.budget for one in report.values()), default=0.0)
+    return Check(True, f"within the error budget against the float64 reference (worst {worst:.0%} of it)")
+
+
+def check_finite(runnable: Runnable) -> Check:
+    """Every output and gradient of the very thing that will be timed is finite."""
+    names = [name for name, value in _values(runnable).items() if not bool(value.isfinite().all())]
+    return Check(False, "not finite: " + ", ".join(names)) if names else Check(True, "finite")
+
+
+def check(variant: Variant, case: Case, device: str, dtype: torch.dtype) -> Check:
+    """The check that fits ``variant``. Baselines need none: ``nn.LSTM`` is the truth, the loop has tests of its own.
+
+    Raises :class:`~benchmarks.variants.Unavailable` where the variant cannot be built or checked here.
+    """
+    if variant.implementation != "fusedreg":
+        return Check(True, "a baseline")
+    if not variant.rates and variant.norm is None:
+        return check_plain(variant, case, device, dtype)
+    return check_layer(variant, case, device, dtype)

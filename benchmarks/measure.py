@@ -1,0 +1,178 @@
+"""Measures one case: checks the numbers, then times every comparison of a preset pair by pair."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks import memory
+from benchmarks.checks import Check, check, check_finite
+from benchmarks.registry import Case, Comparison, Mode, Preset, Variant
+from benchmarks.timing import Contestant, prepare, spread, time_pair
+from benchmarks.variants import Runnable, Unavailable, make_inputs, make_runnable
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class Entry:
+    """A variant in one mode: ready to be timed, or the status and reason why it is not."""
+
+    status: str = "ok"
+    reason: str = ""
+    contestant: Contestant | None = None
+
+
+@dataclass
+class Samples:
+    """The pairs of one comparison, in seconds a call."""
+
+    comparison: Comparison
+    variant: list[float] = field(default_factory=list)
+    against: list[float] = field(default_factory=list)
+
+
+class CaseMeasurement:
+    """The state of measuring one case: what was built, checked, and timed so far."""
+
+    def __init__(self, case: Case, preset: Preset, dtype: torch.dtype, report: Report) -> None:
+        self.case, self.preset, self.dtype, self.report = case, preset, dtype, report
+        self.inputs = make_inputs(case, preset.device, dtype)
+        self.checks: dict[str, Check] = {}
+        self.entries: dict[tuple[str, Mode], Entry] = {}
+
+    def _checked(self, variant: Variant) -> Check:
+        if variant.name not in self.checks:
+            self.report(f"checking {variant.name}")
+            self.checks[variant.name] = check(variant, self.case, self.preset.device, self.dtype)
+        return self.checks[variant.name]
+
+    def entry(self, variant: Variant, mode: Mode) -> Entry:
+        """Build, check and warm up ``variant`` in ``mode``, once."""
+        key = (variant.name, mode)
+        if key in self.entries:
+            return self.entries[key]
+        self.entries[key] = entry = self._make_entry(variant, mode)
+        return entry
+
+    def _make_entry(self, variant: Variant, mode: Mode) -> Entry:
+        reason = variant.impossible(self.case)
+        if reason is not None:
+            return Entry("impossible", reason)
+        try:
+            checked = self._checked(variant)
+            if not checked.passed:
+                return Entry("wrong", checked.detail)
+            runnable = make_runnable(variant, self.case, self.inputs, mode)
+        except Unavailable as error:
+            return Entry("unavailable", str(error))
+        self.report(f"warming up {variant.name}, {mode}")
+        contestant = prepare(_work(runnable, mode), self.preset.device, self.preset.sample_seconds)
+        if mode == "training" and variant.implementation == "fusedreg":
+            finite = check_finite(runnable)
+            if not finite.passed:
+                return Entry("wrong", finite.detail)
+        return Entry(contestant=contestant)
+
+    def time(self) -> list[Samples]:
+        """Rounds over all comparisons until the preset's seconds are spent; who goes first alternates."""
+        samples = [Samples(comparison) for comparison in self.preset.comparisons]
+        begin = time.perf_counter()
+        for number in range(self.preset.maximum_rounds):
+            if number >= self.preset.minimum_rounds and time.perf_counter() - begin >= self.preset.seconds:
+                break
+            for one in samples:
+                mode = one.comparison.mode
+                variant = self.entry(one.comparison.variant, mode).contestant
+                against = self.entry(one.comparison.against, mode).contestant
+                if variant is None or against is None:
+                    continue
+                self.report(f"round {number + 1}: {one.comparison.name}")
+                first, second = time_pair(variant, against, self.preset.device, swap=number % 2 == 0)
+                one.variant.append(first)
+                one.against.append(second)
+        return samples
+
+    def row(self, samples: Samples) -> dict[str, Any]:
+        """What the results file says of one comparison."""
+        comparison = samples.comparison
+        entry = self.entry(comparison.variant, comparison.mode)
+        other = self.entry(comparison.against, comparison.mode)
+        row: dict[str, Any] = {
+            "variant": comparison.variant.name,
+            "against": comparison.against.name,
+            "mode": comparison.mode,
+            "status": entry.status,
+            "reason": entry.reason,
+        }
+        if entry.status == "ok" and other.status != "ok":
+            row |= {"status": other.status, "reason": f"{comparison.against.name}: {other.reason}"}
+        if not samples.variant:
+            return row
+        assert entry.contestant is not None and other.contestant is not None
+        ratio = spread([one / two for one, two in zip(samples.variant, samples.against, strict=True)])
+        seconds, against = spread(samples.variant), spread(samples.against)
+        return row | {
+            "ratio": ratio.median,
+            "ratio_quartiles": [ratio.lower, ratio.upper],
+            "milliseconds": seconds.median * 1e3,
+            "against_milliseconds": against.median * 1e3,
+            "gflops": self.case.flops(comparison.mode) / seconds.median / 1e9,
+            "first_call_milliseconds": entry.contestant.first_call * 1e3,
+            "against_first_call_milliseconds": other.contestant.first_call * 1e3,
+            "pairs": len(samples.variant),
+            "samples_milliseconds": [round(one * 1e3, 5) for one in samples.variant],
+            "against_samples_milliseconds": [round(one * 1e3, 5) for one in samples.against],
+        }
+
+
+def _work(runnable: Runnable, mode: Mode) -> Callable[[], None]:
+    return lambda: runnable.run(mode)
+
+
+def measure_memory(case: Case, preset: Preset, dtype: torch.dtype, report: Report) -> dict[str, Any]:
+    """Peak and saved bytes of the variants in :data:`benchmarks.memory.MEASURED` that can be built."""
+    found: dict[str, Any] = {}
+    for variant in memory.MEASURED:
+        report(f"memory of {variant.name}")
+        try:
+            result = memory.measure(variant, case, preset.device, dtype)
+        except Unavailable as error:
+            found[variant.name] = {"status": "unavailable", "reason": str(error)}
+        except RuntimeError as error:
+            found[variant.name] = {"status": "failed", "reason": str(error)}
+        else:
+            found[variant.name] = {"status": "ok", "peak_bytes": result.peak, "saved_bytes": result.saved}
+    return found
+
+
+def measure_case(case: Case, preset: Preset, dtype_name: str, report: Report) -> dict[str, Any]:
+    """One case in one dtype, as it stands in the results file. ``report`` is told what is being done."""
+    dtype = getattr(torch, dtype_name)
+    case = case.sized(preset.size)
+    measurement = CaseMeasurement(case, preset, dtype, report)
+    rows = [measurement.row(samples) for samples in measurement.time()]
+    record: dict[str, Any] = {
+        "name": case.name,
+        "source": case.source,
+        "dtype": dtype_name,
+        "steps": case.steps,
+        "batch_size": case.batch_size,
+        "input_size": case.input_size,
+        "hidden_size": case.hidden_size,
+        "num_layers": case.num_layers,
+        "bidirectional": case.bidirectional,
+        "reset_rate": case.reset_rate,
+        "forward_gflop": case.forward_flops / 1e9,
+        "checks": {
+            name: {"passed": result.passed, "detail": result.detail} for name, result in measurement.checks.items()
+        },
+        "comparisons": rows,
+    }
+    del measurement
+    record["memory"] = measure_memory(case, preset, dtype, report) if preset.memory else {}
+    return record

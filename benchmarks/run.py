@@ -1,0 +1,149 @@
+"""The benchmark's command line.
+
+    python -m benchmarks.run --preset cpu --json benchmarks/results/cpu.json --plots build/plots
+    python -m benchmarks.run --preset cpu-full --cases small,awd --base benchmarks/results/cpu-full.json
+
+Prints tables; the exit status is 1 where a case's numbers are wrong (it then has no speed), else 0. A missed target
+does not fail the run: it stands in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import machine, results, tables
+from benchmarks.measure import measure_case
+from benchmarks.registry import CASES, PRESETS, Case, Preset, select_cases
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Times fusedreg beside nn.LSTM.")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="what is measured, at which sizes")
+    parser.add_argument("--cases", help="comma-separated: " + ", ".join(case.name for case in CASES))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--base", type=Path, metavar="RESULTS", help="compare with an earlier file")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the ratios into this folder")
+    parser.add_argument("--threads", type=int, help="threads of torch and of the kernels (default: torch's own choice)")
+    parser.add_argument("--seconds", type=float, help="time for the pairs of each case (default: the preset's)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the memory measurements")
+    return parser.parse_args(arguments)
+
+
+def measure(preset: Preset, cases: Sequence[Case], console: Console) -> results.Results:
+    """Run every case of ``preset`` and return what goes into the results file."""
+    found: results.Results = {
+        "format": results.FORMAT,
+        "kind": "cases",
+        "preset": preset.name,
+        "machine": machine.describe(preset.device),
+        "rates": {"fma": {"one_thread": None, "all_threads": None}, "loop": []},
+        "cases": [],
+        "targets": [],
+    }
+    work = [(case, dtype) for case in cases for dtype in preset.dtypes]
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[doing]}"),
+        console=console,
+    )
+    with bar as progress:
+        task = progress.add_task("benchmarks", total=len(work) + 1, doing="FMA rate")
+        if torch.device(preset.device).type == "cpu":
+            sized = [case.sized(preset.size) for case in cases]
+            found["rates"] = {"fma": machine.fma_rates(), "loop": machine.loop_rates(sized)}
+        progress.advance(task)
+        for case, dtype in work:
+
+            def report(doing: str, name: str = case.name) -> None:
+                progress.update(task, doing=f"{name}: {doing}")
+
+            record = measure_case(case, preset, dtype, report)
+            found["cases"].append(record)
+            progress.advance(task)
+            if not console.is_terminal:
+                # A log shows the bar only once, at its end: say what was done.
+                console.print(summary(record), highlight=False)
+        progress.update(task, doing="done")
+    if torch.device(preset.device).type == "cpu":
+        found["targets"] = results.targets_record(found)
+    return found
+
+
+def summary(record: dict[str, object]) -> str:
+    """One line about one case."""
+    rows = record["comparisons"]
+    assert isinstance(rows, list)
+    cells = [
+        f"{row['variant']} / {row['against']} {row['mode']} {tables.ratio_cell(row, spread=False)}" for row in rows
+    ]
+    return f"{record['name']}, {record['dtype']}: " + "; ".join(cells[:5])
+
+
+def show(found: results.Results, console: Console) -> None:
+    """Print every table."""
+    from benchmarks.report import heading
+
+    console.print(heading(found), highlight=False)
+    shown = [tables.ratio_table(found), tables.time_table(found)]
+    if any(case["memory"] for case in found["cases"]):
+        shown.append(tables.memory_table(found))
+    if found["rates"]["loop"]:
+        shown.append(tables.loop_table(found))
+    if found["targets"]:
+        shown.append(tables.target_table(found))
+    for table in shown:
+        console.print(table.rich())
+    for line in tables.wrong_lines(found):
+        console.print(line, highlight=False, markup=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = parse(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    preset = PRESETS[options.preset]
+    try:
+        cases = select_cases(options.cases)
+        base = results.load(options.base) if options.base else None
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}", markup=False)
+        return 2
+    if torch.device(preset.device).type == "cuda" and not torch.cuda.is_available():
+        console.print(f"error: preset {preset.name!r} needs a CUDA device, torch sees none: try --preset cpu")
+        return 2
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.seconds is not None:
+        preset = replace(preset, seconds=options.seconds)
+    if options.no_memory:
+        preset = replace(preset, memory=False)
+    found = measure(preset, cases, console)
+    show(found, console)
+    if base is not None:
+        console.print(tables.change_table(results.changes(base, found)).rich())
+    if options.json is not None:
+        results.save(found, options.json)
+        console.print(f"results: {options.json}")
+    if options.plots is not None:
+        from benchmarks.plots import plot_ratios
+
+        for path in plot_ratios(found, options.plots):
+            console.print(f"plot: {path}")
+    wrong = any(row["status"] == "wrong" for case in found["cases"] for row in case["comparisons"])
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

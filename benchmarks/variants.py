@@ -1,0 +1,135 @@
+"""Turns a :class:`~benchmarks.registry.Variant` into something that can be called and differentiated.
+
+The only file that knows how each implementation is built. What cannot be built here says why, and the table shows it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.eager import EagerLSTM
+from benchmarks.registry import Case, Mode, Variant
+
+
+class Unavailable(Exception):
+    """This variant cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one case: ``values (T, B, I)``, ``grad_output (T, B, D·H)``, ``reset (T, B)`` or ``None``."""
+
+    values: Tensor
+    grad_output: Tensor
+    reset: Tensor | None
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """A module with its inputs. Calling :meth:`run` does the work of one measurement and keeps nothing."""
+
+    module: nn.Module
+    inputs: Inputs
+    takes_reset: bool
+
+    def output(self, **keywords: Any) -> Tensor:
+        """The output sequence; records a graph if gradients are on."""
+        if self.takes_reset and self.inputs.reset is not None:
+            keywords["reset"] = self.inputs.reset
+        output = self.module(self.inputs.values, **keywords)[0]
+        assert isinstance(output, Tensor)
+        return output
+
+    def gradients(self, output: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of the input and of every parameter."""
+        return torch.autograd.grad(output, [self.inputs.values, *self.module.parameters()], self.inputs.grad_output)
+
+    def run(self, mode: Mode) -> None:
+        """One inference call, or one forward and backward."""
+        if mode == "training":
+            self.gradients(self.output())
+        else:
+            with torch.no_grad():
+                self.output()
+
+
+def make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Reproducible inputs of unit variance, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(case.steps, case.batch_size, case.input_size, generator=generator)
+    width = case.hidden_size * case.directions
+    grad_output = torch.randn(case.steps, case.batch_size, width, generator=generator)
+    reset = None
+    if case.reset_rate > 0.0:
+        reset = (torch.rand(case.steps, case.batch_size, generator=generator) < case.reset_rate).to(device)
+    return Inputs(values.to(device, dtype).requires_grad_(), grad_output.to(device, dtype), reset)
+
+
+def _fusedreg_class(name: str) -> Any:
+    try:
+        return getattr(importlib.import_module("fusedreg"), name)
+    except (ImportError, AttributeError) as error:
+        raise Unavailable(f"fusedreg.{name} cannot be imported: {error}") from error
+
+
+def fusedreg_keywords(variant: Variant, case: Case) -> dict[str, Any]:
+    """The keywords of ``fusedreg.LSTM`` for a variant."""
+    keywords: dict[str, Any] = dict(variant.rates)
+    if variant.norm == "batch":
+        keywords["norm"] = _fusedreg_class("BatchNorm")(max_steps=case.steps)
+    elif variant.norm == "layer":
+        keywords["norm"] = _fusedreg_class("LayerNorm")()
+    if variant.recompute:
+        keywords["recompute"] = True
+    return keywords
+
+
+def make_module(variant: Variant, case: Case, *, backend: str | None = None) -> nn.Module:
+    """The module of ``variant`` on the CPU in float32, with the same initial weights for every variant.
+
+    ``backend`` is passed to ``fusedreg.LSTM``. Raises :class:`Unavailable` where it cannot be built.
+    """
+    sizes = (case.input_size, case.hidden_size, case.num_layers)
+    torch.manual_seed(1)
+    template = nn.LSTM(*sizes, bidirectional=case.bidirectional)
+    if variant.implementation == "torch":
+        return template
+    module: nn.Module
+    if variant.implementation == "fusedreg":
+        keywords = fusedreg_keywords(variant, case)
+        if backend is not None:
+            keywords["backend"] = backend
+        module = _fusedreg_class("LSTM")(*sizes, bidirectional=case.bidirectional, **keywords)
+    else:
+        rates: dict[str, Any] = dict(variant.rates)
+        module = EagerLSTM(
+            *sizes,
+            bidirectional=case.bidirectional,
+            norm=variant.norm,
+            max_steps=case.steps,
+            compiled=variant.implementation == "compiled",
+            **rates,
+        )
+    module.load_state_dict(template.state_dict(), strict=variant.norm is None)
+    return module
+
+
+def make_runnable(variant: Variant, case: Case, inputs: Inputs, mode: Mode, *, backend: str | None = None) -> Runnable:
+    """``variant`` ready to run on the device and in the dtype of ``inputs``, in training or evaluation mode."""
+    module = make_module(variant, case, backend=backend).to(inputs.values.device, inputs.values.dtype)
+    module.train(mode == "training")
+    return Runnable(module, inputs, takes_reset=variant.implementation != "torch")
+
+
+def attempt(build: Callable[[], Runnable]) -> tuple[Runnable | None, str]:
+    """``(runnable, "")``, or ``(None, why not)``."""
+    try:
+        return build(), ""
+    except Unavailable as error:
+        return None, str(error)
