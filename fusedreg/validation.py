@@ -1,0 +1,267 @@
+"""Every check of what a user passes to a call: argument, expected, got, remedy.
+
+The option dataclasses check themselves. Nothing here changes a tensor, and nothing waits for a device: what only a
+device knows (lengths on it) is clamped by the operator instead. The cost of a call's checks is a few comparisons, so
+they are written out rather than composed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedreg.layer import compute_dtype
+from fusedreg.parameters import Architecture
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class InputError(ValueError, RuntimeError):
+    """A ``ValueError`` that is also a ``RuntimeError``, which is what ``torch.nn.LSTM`` raises in the same place."""
+
+
+def check_input(input: Any, architecture: Architecture, weight: Tensor, batch_first: bool) -> None:
+    """Check the input of a call against the model: rank, size, type, device, length.
+
+    Args:
+        input: ``(T, B, I)``, ``(B, T, I)`` with ``batch_first``, or ``(T, I)`` unbatched.
+        architecture: the model's sizes.
+        weight: its ``weight_ih_l0``, for type and device.
+        batch_first: as in the call.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: wrong rank or type. InputError: wrong feature size or device, or no time step.
+    """
+    if not isinstance(input, Tensor):
+        raise TypeError(
+            f"input: expected a tensor or a PackedSequence, got {type(input).__name__}; convert with torch.as_tensor"
+        )
+    if input.dim() not in (2, 3):
+        raise ValueError(
+            f"input: expected 2 dimensions (T, I) or 3 {_layout(batch_first)}, got shape {tuple(input.shape)}; "
+            f"reshape to (steps, rows, features)"
+        )
+    if input.dtype != weight.dtype:
+        raise ValueError(
+            f"input: expected {weight.dtype}, the parameters' type, got {input.dtype}; convert with "
+            f"input.to({weight.dtype}) or module.to({input.dtype})"
+        )
+    if input.dtype not in _DTYPES:
+        raise ValueError(f"input: expected a real floating type, got {input.dtype}; convert the model and the input")
+    if input.device != weight.device:
+        raise InputError(
+            f"input: expected device {weight.device}, where the parameters are, got {input.device}; move one with "
+            f".to(device)"
+        )
+    if input.shape[-1] != architecture.input_size:
+        raise InputError(
+            f"input: expected input_size={architecture.input_size} features in the last dimension, got shape "
+            f"{tuple(input.shape)}; check input_size and batch_first={batch_first}"
+        )
+    if input.shape[1 if batch_first and input.dim() == 3 else 0] == 0:
+        raise InputError(
+            f"input: expected at least one time step, got shape {tuple(input.shape)}; skip empty sequences, or check "
+            f"batch_first={batch_first}"
+        )
+
+
+def _layout(batch_first: bool) -> str:
+    return "(B, T, I)" if batch_first else "(T, B, I)"
+
+
+def check_state(hx: Any, architecture: Architecture, input: Tensor, rows: int | None) -> tuple[Tensor, Tensor]:
+    """Check initial states ``(h_0, c_0)`` of shapes ``(L * D, B, P)`` and ``(L * D, B, H)``.
+
+    Args:
+        hx: what the caller passed; the rows' dimension is absent with an unbatched input.
+        architecture: the model's sizes.
+        input: already checked.
+        rows: ``B``, or ``None`` with an unbatched input.
+
+    Returns:
+        The two states.
+
+    Raises:
+        TypeError: not a pair of tensors. InputError: wrong shape, type or device.
+    """
+    if isinstance(hx, Tensor) or not isinstance(hx, Sequence) or len(hx) != 2:
+        got = f"{type(hx).__name__} of length {len(hx)}" if isinstance(hx, Sequence) else type(hx).__name__
+        raise TypeError(f"hx: expected a tuple (h_0, c_0) of two tensors, got {got}; pass None for zeros")
+    cells = architecture.num_layers * architecture.num_directions
+    for name, state, size in (("h_0", hx[0], architecture.state_size), ("c_0", hx[1], architecture.hidden_size)):
+        if not isinstance(state, Tensor):
+            raise TypeError(
+                f"hx: expected {name} to be a tensor, got {type(state).__name__}; pass hx=None for zeros, or "
+                f"torch.zeros of the right shape"
+            )
+        expected = (cells, size) if rows is None else (cells, rows, size)
+        if state.dim() != len(expected) or any(a != b for a, b in zip(state.shape, expected, strict=True)):
+            raise InputError(
+                f"hx: expected {name} of shape {expected} (layers * directions{'' if rows is None else ', rows'}, "
+                f"size), got {tuple(state.shape)}; batch_first does not apply to states"
+            )
+        if state.device != input.device:
+            raise InputError(f"hx: expected {name} on {input.device}, got {state.device}; move it with .to(device)")
+        if state.dtype != input.dtype and not (name == "c_0" and state.dtype == compute_dtype(input.dtype)):
+            also = " (or float32)" if name == "c_0" and input.dtype in (torch.bfloat16, torch.float16) else ""
+            raise InputError(
+                f"hx: expected {name} of {input.dtype}{also} as the input, got {state.dtype}; convert with "
+                f"{name}.to({input.dtype})"
+            )
+    return hx[0], hx[1]
+
+
+def check_lengths(lengths: Any, rows: int, steps: int, device: torch.device) -> Tensor:
+    """Check the rows' lengths and bring them to the device.
+
+    Args:
+        lengths: ``(B,)``, a tensor of integers on any device, or a sequence of ints.
+        rows, steps: the input's ``B`` and ``T``.
+        device: the input's.
+
+    Returns:
+        int64 on ``device``. Lengths on the host have been checked to be in ``[0, T]``, except inside a traced
+        region; there, and on another device, the operator clamps them.
+
+    Raises:
+        TypeError: not integers. ValueError: wrong shape, or out of range.
+    """
+    remedy = f"pass {rows} integers in [0, {steps}], one a row"
+    if not isinstance(lengths, Tensor):
+        if isinstance(lengths, (str, bytes)) or not isinstance(lengths, Sequence):
+            raise TypeError(f"lengths: expected a tensor of integers, got {type(lengths).__name__}; {remedy}")
+        if not all(hasattr(length, "__index__") and not isinstance(length, bool) for length in lengths):
+            raise TypeError(f"lengths: expected integers, got {list(lengths)!r}; {remedy}")
+        lengths = torch.tensor(list(lengths), dtype=torch.int64)
+    if lengths.dtype not in _INTEGERS:
+        raise TypeError(
+            f"lengths: expected a tensor of integers, got {lengths.dtype}; convert with lengths.long() ({remedy})"
+        )
+    if lengths.dim() != 1 or lengths.shape[0] != rows:
+        raise ValueError(f"lengths: expected shape ({rows},), got {tuple(lengths.shape)}; {remedy}")
+    if lengths.device.type == "cpu" and not _traced(lengths) and lengths.numel() > 0:
+        low, high = (int(bound) for bound in torch.aminmax(lengths))
+        if low < 0 or high > steps:
+            raise ValueError(
+                f"lengths: expected values in [0, {steps}], the input's steps, got values from {low} to {high}; "
+                f"clamp them or pad the input"
+            )
+    return lengths.to(device=device, dtype=torch.int64)
+
+
+def _traced(tensor: Tensor) -> bool:
+    """Whether the values cannot be read: compiled, fake, or inside a ``torch.func`` transform."""
+    return (
+        torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._are_functorch_transforms_active()
+    )
+
+
+def check_reset(reset: Any, expected: tuple[int, ...], device: torch.device, bidirectional: bool) -> Tensor:
+    """Check the resets: bool, of the input's shape without its features, and in one direction only.
+
+    Args:
+        reset: true where a row's state becomes zero before the step.
+        expected: ``(T, B)``, ``(B, T)`` with ``batch_first``, ``(T,)`` unbatched.
+        device: the input's.
+        bidirectional: the model's.
+
+    Raises:
+        TypeError: not a bool tensor. ValueError: wrong shape or device, or a bidirectional model.
+    """
+    if bidirectional:
+        raise ValueError(
+            "reset: expected None with bidirectional=True, got a tensor; the reverse direction has no meaning across "
+            "a reset: split the sequences, or use one direction"
+        )
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset: expected a bool tensor of shape {expected}, got {type(reset).__name__}")
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset: expected torch.bool, got {reset.dtype}; convert with reset.bool()")
+    if reset.dim() != len(expected) or any(a != b for a, b in zip(reset.shape, expected, strict=True)):
+        raise ValueError(
+            f"reset: expected shape {expected}, the input's without its features, got {tuple(reset.shape)}; one flag "
+            f"a step and row"
+        )
+    if reset.device != device:
+        raise ValueError(f"reset: expected device {device}, the input's, got {reset.device}; move it with .to(device)")
+    return reset
+
+
+def check_generator(generator: Any, seed: Any) -> None:
+    """Check that a generator is one, comes without a seed, and is used in eager mode.
+
+    Raises:
+        TypeError: not a ``torch.Generator``. ValueError: beside ``seed=``, or in a compiled region.
+    """
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: expected a torch.Generator, got {type(generator).__name__}; an int goes into seed="
+        )
+    if seed is not None:
+        raise ValueError("generator: expected None beside seed=, got both; pass the one that shall decide the masks")
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "generator: expected None in a compiled region, got a torch.Generator; draw a seed outside with "
+            "fusedreg.seeds.draw_seed(device, generator=generator) and pass it as seed="
+        )
+
+
+def check_batch_norm_rows(rows: int) -> None:
+    """Check that batch statistics exist.
+
+    Raises:
+        ValueError: a single row in training.
+    """
+    if rows == 1:
+        raise ValueError(
+            "input: expected at least 2 rows with BatchNorm in training, got a batch of 1; call .eval(), enlarge the "
+            "batch, or use LayerNorm"
+        )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Check an option that is True or False, with the error type of ``nn.LSTM``.
+
+    Raises:
+        TypeError: naming the option.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r} of type {type(value).__name__}; pass a bool")
+
+
+def check_size(name: str, value: Any, least: int) -> None:
+    """Check a size of the model, with the error types of ``nn.LSTM``.
+
+    Raises:
+        TypeError: not an int. ValueError: below ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}; pass an int")
+    if value < least:
+        kind = "positive int" if least == 1 else "non-negative int"
+        raise ValueError(f"{name}: expected a {kind}, got {value}; pass {least} or more")
+
+
+def check_architecture(architecture: Architecture, batch_first: Any) -> None:
+    """Check a model's hyperparameters, with the error types of ``nn.LSTM``.
+
+    Raises:
+        TypeError, ValueError: naming the hyperparameter.
+    """
+    check_flag("bias", architecture.bias)
+    check_flag("batch_first", batch_first)
+    check_flag("bidirectional", architecture.bidirectional)
+    check_size("input_size", architecture.input_size, 1)
+    check_size("hidden_size", architecture.hidden_size, 1)
+    check_size("num_layers", architecture.num_layers, 1)
+    check_size("proj_size", architecture.proj_size, 0)
+    if architecture.proj_size >= architecture.hidden_size:
+        raise ValueError(
+            f"proj_size: expected less than hidden_size={architecture.hidden_size}, got {architecture.proj_size}; "
+            f"pass 0 for no projection"
+        )
