@@ -215,16 +215,20 @@ void backward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/)
   results.give(stack);
 }
 
-// What this file can use on this processor, best first: "avx512,avx2,portable".
+// What this file can use on this processor, best first: "avx512,avx2,portable". Found by trying, which changes the set
+// in use for a moment, so once: fusedreg/backends/cpu.py asks when it loads this file, before any kernel runs.
 void cpu_instruction_sets(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  const std::string current = cpu::get_instruction_set();
-  std::string usable;
-  for (const char* name : {"avx512", "avx2", "portable"}) {
-    if (!cpu::set_instruction_set(name)) continue;
-    if (!usable.empty()) usable += ',';
-    usable += name;
-  }
-  cpu::set_instruction_set(current);
+  static const std::string usable = [] {
+    const std::string current = cpu::get_instruction_set();
+    std::string names;
+    for (const char* name : {"avx512", "avx2", "portable"}) {
+      if (!cpu::set_instruction_set(name)) continue;
+      if (!names.empty()) names += ',';
+      names += name;
+    }
+    cpu::set_instruction_set(current);
+    return names;
+  }();
   stack[0] = torch::stable::detail::from(usable);
 }
 

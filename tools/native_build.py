@@ -213,7 +213,8 @@ def kernel_units(folder: Path = ROOT / "csrc" / "cpu") -> tuple[Unit, ...]:
     """The CPU kernels, free of torch: once for each instruction set, and what chooses among them."""
     sets = instruction_sets()
     have = tuple(f"-DFUSEDREG_HAVE_{name.upper()}" for name in sets if name != "portable")
-    units = [Unit(folder / f"{name}.cpp", name, have) for name in ("dispatch", "workspace")]
+    once = sorted(path for path in folder.glob("*.cpp") if path.name != "kernels.cpp")
+    units = [Unit(path, path.stem, have) for path in once]
     units += [
         Unit(folder / "kernels.cpp", f"kernels_{name}", (f"-DFUSEDREG_ISA_NAMESPACE={name}", *flags))
         for name, flags in sets.items()
@@ -226,9 +227,7 @@ def cpu_plan(torch: Torch, with_sanitizers: tuple[str, ...] = ()) -> Plan:
     sources = ROOT / "csrc"
     # Torch builds itself, and its extensions, as C++20; its stable headers need no more than C++17 so far.
     definitions = ("-std=c++20", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", f'-DFUSEDREG_VERSION="{version()}"')
-    registration = Unit(
-        sources / "registration.cpp", "registration", (*definitions, "-isystem", str(torch.include))
-    )
+    registration = Unit(sources / "registration.cpp", "registration", (*definitions, "-isystem", str(torch.include)))
     link = ["-shared", f"-L{torch.library}", "-ltorch_cpu", "-pthread"]
     if sys.platform == "linux":
         link += ["-Wl,--as-needed", "-Wl,-z,relro,-z,now"]

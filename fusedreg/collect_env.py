@@ -1,0 +1,80 @@
+"""What a bug report needs: ``python -m fusedreg.collect_env`` prints it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from fusedreg import backends
+from fusedreg._version import __version__
+from fusedreg.backends import cpu
+
+
+def processor() -> str:
+    """The processor's own name, as far as the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def usable_processors() -> int:
+    """The processors that this process may run on, which a container or ``taskset`` may have limited."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def accelerators() -> str:
+    """The GPUs that torch sees, or that it sees none."""
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def collect() -> dict[str, str]:
+    """Names and values, in the order in which they are printed.
+
+    Example:
+        >>> from fusedreg.collect_env import collect
+        >>> "torch" in collect()
+        True
+    """
+    path = cpu.library_path()
+    state = backends.availability("cpu")
+    extension = f"{path} ({path.stat().st_size // 1024} KiB)" if path.exists() else f"{path} (absent)"
+    return {
+        "fusedreg": __version__,
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'no'})",
+        "python": f"{sys.version.split()[0]} ({platform.python_implementation()})",
+        "system": platform.platform(),
+        "processor": f"{processor()}, {usable_processors()} usable, {platform.machine()}",
+        "torch threads": f"{torch.get_num_threads()}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}",
+        "torch's own set": torch.backends.cpu.get_cpu_capability(),
+        "accelerators": accelerators(),
+        "CPU extension": extension,
+        "backend cpu": "available" if state else f"not available: {state.reason}",
+        "instruction sets": ", ".join(cpu.instruction_sets()) if state else "none",
+    }
+
+
+def main() -> None:
+    """Print the report, a line a fact, and what ``backend="auto"`` does on the CPU."""
+    facts = collect()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
+    print()
+    for dtype in (torch.float32, torch.bfloat16):
+        print(backends.explain("cpu", dtype))
+
+
+if __name__ == "__main__":
+    main()
