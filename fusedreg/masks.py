@@ -4,13 +4,13 @@ No backend stores a mask. Each draws it where it needs it, from a counter (Salmo
 numbers: as easy as 1, 2, 3") that names the unit, the row, the step, the site, the layer and the direction, so that
 every backend makes the same bits from the same seed. The table of counters::
 
-    family          c0          c1        c2      w0                     w1            w2                     w3
-    step            unit        row b     t       zoneout_hidden         zoneout_cell  update_dropout, step   dropout
-    sequence        unit        row b     2³²-1   hidden_dropout, tied   cell_dropout  update_dropout, seq.   output_dropout
-    untied hidden   unit        row b     2³²-2   i                      f             g                      o
-    input           feature     row b     2³²-3   input_dropout, tied
-    untied input    feature     row b     2³²-4   i                      f             g                      o
-    weight          column//4   row of 4H 2³²-5   the word is column % 4 (w0 for "row")
+    family         c0         c1         c2     w0                    w1            w2                      w3
+    step           unit       row b      t      zoneout_hidden        zoneout_cell  update_dropout, step    dropout
+    sequence       unit       row b      2³²-1  hidden_dropout, tied  cell_dropout  update_dropout, seq.    output_d.
+    untied hidden  unit       row b      2³²-2  i                     f             g                       o
+    input          feature    row b      2³²-3  input_dropout, tied
+    untied input   feature    row b      2³²-4  i                     f             g                       o
+    weight         column//4  row of 4H  2³²-5  the word is column % 4 (w0 for "row")
 
 ``c3 = layer * 2 + direction``; the key is the seed, low word first; ``t`` is the position in the input, also in the
 reverse direction. An element is dropped (or zoned out) where its word is below ``floor(p * 2**32)``.
@@ -20,6 +20,7 @@ All arithmetic is on int64 tensors that hold 32-bit words, on the seed's device,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_WORDS_AT_ONCE = 2**20
 
 
 def _multiply(word: Any, multiplier: int) -> tuple[Any, Any]:
@@ -103,8 +105,8 @@ class MaskSource:
         """0 … size-1 along the ``dim``-th axis from the last."""
         return torch.arange(size, device=self._device).view(-1, *[1] * dim)
 
-    def step(self, steps: int, rows: int, units: int, first_step: int = 0) -> Words:
-        """Words ``(steps, rows, units)`` for positions ``first_step …``: zoneout_hidden, zoneout_cell, update, dropout."""
+    def step(self, first_step: int, steps: int, rows: int, units: int) -> Words:
+        """Words ``(steps, rows, units)`` of the positions from ``first_step`` on."""
         position = self._range(steps, 2) + first_step
         return philox4x32_10((self._range(units, 0), self._range(rows, 1), position, self._stream), self._key)
 
@@ -193,7 +195,15 @@ def _step_masks(
         "update_dropout": (2, options.update_dropout if options.update_mask == "step" else 0.0, hidden_size),
         "dropout": (3, options.dropout, output_size),
     }
-    return _site_masks(sites, lambda units: source.step(steps, rows, units))
+    # The words take eight times the memory of their masks, and the rounds several times that: draw them in pieces.
+    piece = max(1, _WORDS_AT_ONCE // max(1, rows * max(hidden_size, output_size)))
+    pieces = []
+    for first in range(0, steps, piece):
+        draw = functools.partial(source.step, first, min(piece, steps - first), rows)
+        pieces.append(_site_masks(sites, draw))
+    if len(pieces) == 1:
+        return pieces[0]
+    return {name: torch.cat([masks_of_piece[name] for masks_of_piece in pieces]) for name in pieces[0]}
 
 
 def _sequence_masks(
@@ -205,7 +215,7 @@ def _sequence_masks(
         "update_dropout": (2, options.update_dropout if options.update_mask == "sequence" else 0.0, hidden_size),
         "output_dropout": (3, options.output_dropout, output_size),
     }
-    return _site_masks(sites, lambda units: source.sequence(rows, units))
+    return _site_masks(sites, functools.partial(source.sequence, rows))
 
 
 def _site_masks(sites: dict[str, tuple[int, float, int]], draw: Callable[[int], Words]) -> dict[str, Tensor]:
