@@ -382,9 +382,7 @@ def _call(
     """Call an implementation of the layer with the operator's tensors."""
     input, weight_ih, weight_hh, bias_ih, bias_hh, hidden, cell, lengths, reset, seed = tensors[:10]
     parameters = LayerParameters(weight_ih, weight_hh, bias_ih, bias_hh, None, *tensors[10:_FIRST_RUNNING])
-    return layer(
-        input, hidden, cell, parameters, options, lengths=lengths, reset=reset, seed=seed, running=running
-    )
+    return layer(input, hidden, cell, parameters, options, lengths=lengths, reset=reset, seed=seed, running=running)
 
 
 def _statistics_as_running(

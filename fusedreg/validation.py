@@ -7,11 +7,12 @@ they are written out rather than composed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from fusedreg.layer import compute_dtype
 from fusedreg.parameters import Architecture
@@ -116,12 +117,30 @@ def check_state(hx: Any, architecture: Architecture, input: Tensor, rows: int | 
     return hx[0], hx[1]
 
 
-def check_lengths(lengths: Any, rows: int, steps: int, device: torch.device) -> Tensor:
+def check_packed(packed: PackedSequence, lengths: Any) -> None:
+    """Check a packed input, whose lengths are its own.
+
+    Raises:
+        ValueError: ``lengths`` beside it. InputError: features of another rank than 1.
+    """
+    if lengths is not None:
+        raise ValueError(
+            "lengths: expected None beside a PackedSequence, which has its own, got both; pass the padded batch with "
+            "lengths, or the packed one without"
+        )
+    if packed.data.dim() != 2:
+        raise InputError(
+            f"input: expected packed data with 2 dimensions (steps of all rows, I), got shape "
+            f"{tuple(packed.data.shape)}; pack a (T, B, I) batch"
+        )
+
+
+def check_lengths(lengths: Any, rows: int | None, steps: int, device: torch.device) -> Tensor:
     """Check the rows' lengths and bring them to the device.
 
     Args:
         lengths: ``(B,)``, a tensor of integers on any device, or a sequence of ints.
-        rows, steps: the input's ``B`` and ``T``.
+        rows, steps: the input's ``B`` (``None``: unbatched, which has no padding) and ``T``.
         device: the input's.
 
     Returns:
@@ -131,6 +150,8 @@ def check_lengths(lengths: Any, rows: int, steps: int, device: torch.device) -> 
     Raises:
         TypeError: not integers. ValueError: wrong shape, or out of range.
     """
+    if rows is None:
+        raise ValueError("lengths: expected None with an unbatched input, got lengths; cut the input instead")
     remedy = f"pass {rows} integers in [0, {steps}], one a row"
     if not isinstance(lengths, Tensor):
         if isinstance(lengths, (str, bytes)) or not isinstance(lengths, Sequence):
@@ -156,9 +177,7 @@ def check_lengths(lengths: Any, rows: int, steps: int, device: torch.device) -> 
 
 def _traced(tensor: Tensor) -> bool:
     """Whether the values cannot be read: compiled, fake, or inside a ``torch.func`` transform."""
-    return (
-        torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._are_functorch_transforms_active()
-    )
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._are_functorch_transforms_active()
 
 
 def check_reset(reset: Any, expected: tuple[int, ...], device: torch.device, bidirectional: bool) -> Tensor:
@@ -222,6 +241,23 @@ def check_batch_norm_rows(rows: int) -> None:
             "input: expected at least 2 rows with BatchNorm in training, got a batch of 1; call .eval(), enlarge the "
             "batch, or use LayerNorm"
         )
+
+
+def check_buffers(buffers: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check the running statistics of a functional call with a batch norm.
+
+    Raises:
+        TypeError: not a mapping. ValueError: one is missing or has another shape.
+    """
+    if not isinstance(buffers, Mapping):
+        raise TypeError(
+            f"buffers: expected a mapping with the batch norm's running statistics, got {type(buffers).__name__}; pass "
+            f"dict(module.named_buffers())"
+        )
+    for name, shape in shapes.items():
+        got = tuple(buffers[name].shape) if name in buffers else None
+        if got != shape:
+            raise ValueError(f"buffers: expected {name} of shape {shape}, got {got}; pass dict(module.named_buffers())")
 
 
 def check_flag(name: str, value: Any) -> None:

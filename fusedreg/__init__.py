@@ -1,0 +1,30 @@
+"""fusedreg: a drop-in for ``torch.nn.LSTM`` with its regularisers inside one fused loop.
+
+Example:
+    >>> import torch, fusedreg
+    >>> lstm = fusedreg.LSTM(10, 20, zoneout_cell=0.5, hidden_dropout=0.25)
+    >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+"""
+
+from __future__ import annotations
+
+from fusedreg import backends, functional, initialization
+from fusedreg._version import __version__
+from fusedreg.functional import LSTMResult, LSTMResultWithCells
+from fusedreg.masks import masks
+from fusedreg.modules import LSTM
+from fusedreg.regularization import BatchNorm, LayerNorm, Regularization
+
+__all__ = [
+    "LSTM",
+    "BatchNorm",
+    "LSTMResult",
+    "LSTMResultWithCells",
+    "LayerNorm",
+    "Regularization",
+    "__version__",
+    "backends",
+    "functional",
+    "initialization",
+    "masks",
+]

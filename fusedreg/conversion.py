@@ -1,0 +1,87 @@
+"""From ``torch.nn.LSTM`` and back: :meth:`fusedreg.LSTM.from_torch` and :meth:`fusedreg.LSTM.to_torch`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+if TYPE_CHECKING:
+    from fusedreg.modules import LSTM
+
+_Module = TypeVar("_Module", bound="LSTM")
+
+_HYPERPARAMETERS = (
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+    "proj_size",
+)
+
+
+def from_torch(cls: type[_Module], module: nn.LSTM, options: Mapping[str, Any]) -> _Module:
+    """See :meth:`fusedreg.LSTM.from_torch`."""
+    if not isinstance(module, nn.LSTM):
+        raise TypeError(
+            f"module: expected a torch.nn.LSTM, got {type(module).__name__}; a state_dict loads with load_state_dict"
+        )
+    _check_plain(module, "module")
+    arguments = {name: getattr(module, name) for name in _HYPERPARAMETERS}
+    if "regularization" in options and options["regularization"] is not None and options["regularization"].dropout:
+        del arguments["dropout"]
+    weight = module.weight_ih_l0
+    # On "meta" nothing is drawn, so that a conversion does not move torch's generator.
+    result = cls(**{**arguments, **options}, device="meta", dtype=weight.dtype)
+    result.to_empty(device=weight.device)
+    result.reset_norm()
+    _copy_weights(module, result)
+    return result.train(module.training)
+
+
+def to_torch(module: LSTM) -> nn.LSTM:
+    """See :meth:`fusedreg.LSTM.to_torch`."""
+    _check_plain(module, "module")
+    regularization = module.regularization
+    for name in ("norm", "zoneout_hidden", "zoneout_cell", "cell_dropout"):
+        value = getattr(regularization, name)
+        if value and any(value if isinstance(value, tuple) else (value,)):
+            remedy = (
+                "nn.LSTM has no place for its parameters"
+                if name == "norm"
+                else "it acts in evaluation too: assign a regularization without it first"
+            )
+            raise ValueError(f"to_torch: expected {name} to be off, got {name}={value!r}; {remedy}")
+    arguments = {name: getattr(module, name) for name in _HYPERPARAMETERS}
+    rates = {regularization.layer_rate("dropout", layer, module.num_layers) for layer in range(module.num_layers - 1)}
+    if len(rates) > 1:
+        raise ValueError(
+            f"to_torch: expected one dropout for all layers, got {module.dropout}; assign module.dropout a float first"
+        )
+    arguments["dropout"] = rates.pop() if rates else 0.0
+    weight = module.weight_ih_l0
+    result = nn.LSTM(**arguments, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
+    _copy_weights(module, result)
+    return result.train(module.training)
+
+
+def _check_plain(module: nn.Module, argument: str) -> None:
+    if is_parametrized(module):
+        raise ValueError(
+            f"{argument}: expected plain weights, got parametrisations of {sorted(module.parametrizations)}; bake them "  # type: ignore[arg-type]
+            f"in with torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+
+
+def _copy_weights(source: nn.Module, target: nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in source.named_parameters(recurse=False):
+            copy = getattr(target, name)
+            copy.copy_(parameter)
+            copy.requires_grad_(parameter.requires_grad)
