@@ -1,0 +1,105 @@
+# Everything installs itself into .venv: a bare machine needs Python 3.10 or newer with venv, a C++ compiler and make.
+#
+#   make bench      the CPU benchmark, ending with a character model on real text (about five minutes)
+#   make test       the tests
+#   make lint       ruff, mypy, clang-format
+#   make sanitize   the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+#   make build      the compiled extension alone
+#   make format     rewrites what lint would complain of
+#   make clean      removes what was built, and keeps .venv
+#
+# Variables:
+#   PYTHON=python3.12         the Python that .venv is made from
+#   TORCH=torch==2.10.0       another torch. From some registries the Linux package brings several gigabytes of CUDA;
+#                             pip's own settings (PIP_INDEX_URL and the like) choose where it comes from.
+#   SETUP=0                   installs nothing: PYTHON is an environment that has everything already
+#   TESTS=tests/test_x.py     what `make test` and `make sanitize` run;  ARGUMENTS="-k name -x" go to pytest
+#   BENCH="--preset full"     arguments of `make bench`
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+SETUP ?= 1
+TESTS ?= tests
+ARGUMENTS ?=
+BENCH ?= --preset cpu --json build/bench/results.json --plots build/bench
+
+ifeq ($(SETUP),0)
+  RUN := $(PYTHON)
+  BIN :=
+  ENVIRONMENT :=
+else
+  RUN := .venv/bin/python
+  BIN := .venv/bin/
+  ENVIRONMENT := .venv/.made-with-$(subst /,_,$(TORCH))
+endif
+
+EXTENSION := fusedreg/_cpu.abi3.so
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILD := setup.py pyproject.toml tools/native_build.py fusedreg/_version.py
+FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp tests/native/*.h)
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input
+
+.PHONY: help build test lint bench sanitize format clean
+
+help:
+	@sed -n 's/^#\( \|$$\)//p' Makefile
+
+ifneq ($(SETUP),0)
+# The stamp is named after the torch it was made with, so that another TORCH makes the environment anew.
+$(ENVIRONMENT): requirements-dev.txt | .venv/bin/python
+	@echo "Installing what the build and the tests need into .venv: $(TORCH) first, then requirements-dev.txt"
+	@$(PIP) 'setuptools>=77' wheel 'numpy>=1.26'
+	@$(PIP) '$(TORCH)'
+	@$(PIP) -r requirements-dev.txt
+	@rm -f .venv/.made-with-*
+	@touch $@
+
+.venv/bin/python:
+	@command -v $(PYTHON) > /dev/null || { echo "make: no $(PYTHON) found; install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: expected Python 3.10 or newer, got $$($(PYTHON) --version); name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv || $(PYTHON) -m virtualenv --quiet .venv || { rm -rf .venv; echo "make: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+
+endif
+
+# Compiled in place, so that this checkout, and no installed copy of it, is what tests and examples import.
+$(EXTENSION): $(NATIVE) $(BUILD) $(ENVIRONMENT)
+	$(RUN) setup.py --quiet build_ext --inplace
+
+build: $(EXTENSION)
+ifneq ($(SETUP),0)
+build: .venv/.installed
+endif
+
+# Where examples and notebooks find the package from any folder: a link to this checkout.
+.venv/.installed: pyproject.toml fusedreg/_version.py $(ENVIRONMENT)
+	@FUSEDREG_CPU=0 $(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+test: build
+	$(RUN) -m pytest $(ARGUMENTS) $(TESTS)
+
+lint: $(ENVIRONMENT)
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(BIN)mypy
+	$(BIN)clang-format --dry-run -Werror $(FORMATTED)
+
+format: $(ENVIRONMENT)
+	$(BIN)ruff check --fix .
+	$(BIN)ruff format .
+	$(BIN)clang-format -i $(FORMATTED)
+
+bench: build
+	@mkdir -p build/bench
+	$(RUN) -m benchmarks.run $(BENCH)
+
+sanitize: build
+	$(RUN) tools/sanitize.py --tests '$(TESTS)' -- $(ARGUMENTS)
+
+clean:
+	rm -rf build dist *.egg-info $(EXTENSION) .mypy_cache .ruff_cache .pytest_cache
