@@ -160,13 +160,16 @@ def update_running(
             if batch is None:
                 continue
             pooled = term == "input" and norm.input_statistics == "sequence"
-            term_counts = (counts.sum(0, keepdim=True) if pooled else counts).unsqueeze(1)
             mean, var = batch[:, 0], batch[:, 1]
+            term_counts = (counts.sum(0, keepdim=True) if pooled else counts).to(var.dtype).unsqueeze(1)
             var = var * (term_counts / (term_counts - 1).clamp(min=1))  # unbiased, as nn.BatchNorm1d's
             if norm.statistics == "shared" and not pooled:
                 mean, var = _mean_over_steps(mean, counts >= 2), _mean_over_steps(var, counts >= 2)
             rows_updated = min(updated.shape[0], mean.shape[0])
-            weight = 1.0 / tracked.clamp(min=1) if norm.momentum is None else torch.full_like(mean[:, 0], norm.momentum)
+            if norm.momentum is None:
+                weight = 1.0 / tracked.clamp(min=1).to(mean.dtype)
+            else:
+                weight = torch.full_like(mean[:, 0], norm.momentum)
             for name, value in ((f"running_{term}_mean", mean), (f"running_{term}_var", var)):
                 _mix(buffers[name], value, updated[:rows_updated], weight[:rows_updated])
 
@@ -188,6 +191,6 @@ def _mean_over_steps(values: Tensor, counted: Tensor) -> Tensor:
 def _mix(buffer: Tensor, batch: Tensor, updated: Tensor, weight: Tensor) -> None:
     """Move the first rows towards the batch's; those without an update are selected, not multiplied by 0."""
     rows = updated.shape[0]
-    kept, weight = buffer[:rows], weight.to(batch.dtype).unsqueeze(1)
+    kept, weight = buffer[:rows], weight.unsqueeze(1)
     mixed = (1.0 - weight) * kept.to(batch.dtype) + weight * batch[:rows]
     kept.copy_(torch.where(updated.unsqueeze(1), mixed.to(buffer.dtype), kept))
