@@ -182,7 +182,9 @@ class BatchNorm(_Immutable):
 
 @dataclass(frozen=True)
 class LayerNorm(_Immutable):
-    """Layer normalisation inside the recurrence (Ba et al. 2016, arXiv:1607.06450, supplement)::
+    """Layer normalisation inside the recurrence (Ba et al. 2016, arXiv:1607.06450, supplement).
+
+    ::
 
         z = LN(h W_hhᵀ; gain, shift) + LN(x W_ihᵀ; gain, shift) + b_ih + b_hh        h = o ⊙ tanh(LN(c; gain, shift))
 

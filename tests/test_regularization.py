@@ -51,7 +51,10 @@ def test_bad_rates(name: str, value: Any, error: type[Exception], got: str) -> N
     with pytest.raises(error) as caught:
         Regularization(**{name: value})
     message = str(caught.value)
-    assert message.startswith(name) and "expected" in message and got in message and ";" in message
+    assert message.startswith(name)
+    assert "expected" in message
+    assert got in message
+    assert ";" in message
 
 
 @pytest.mark.parametrize("name", RATE_NAMES)
@@ -66,7 +69,8 @@ def test_an_empty_sequence_of_rates(name: str) -> None:
 @pytest.mark.parametrize("value", [0, 0.25, np.float32(0.25), np.float64(0.25)], ids=repr)
 def test_numbers_become_floats(value: Any) -> None:
     rate = Regularization(zoneout_cell=value).zoneout_cell
-    assert type(rate) is float and rate == float(value)
+    assert type(rate) is float
+    assert rate == float(value)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,7 @@ def test_choices(name: str, accepted: tuple[str, str]) -> None:
 
 def test_norm_must_be_one_of_the_two() -> None:
     for norm in ("batch", BatchNorm, 1):
-        with pytest.raises(TypeError, match="norm: expected a fusedreg.BatchNorm, a fusedreg.LayerNorm or None"):
+        with pytest.raises(TypeError, match=r"norm: expected a fusedreg\.BatchNorm, a fusedreg\.LayerNorm or None"):
             Regularization(norm=norm)  # type: ignore[arg-type]
 
 

@@ -192,18 +192,21 @@ def test_reading_copies_in_training_and_widens_16_bit_buffers() -> None:
     training = LayerOptions(norm=norm)
     assert read_running(buffers, training, 6, torch.bfloat16, lengths=None) is None
     running = read_running(buffers, training, 6, torch.bfloat16, lengths=torch.tensor([1, 6]))
-    assert running is not None and running.cell_mean is not None
+    assert running is not None
+    assert running.cell_mean is not None
     assert running.cell_mean.dtype == torch.float32
     assert running.index.tolist() == running.input_index.tolist() == [0] * 6
 
     wide = make_buffers(norm, torch.float64)
     running = read_running(wide, training, 6, torch.float64, lengths=torch.tensor([1, 6]))
-    assert running is not None and running.cell_mean is not None
+    assert running is not None
+    assert running.cell_mean is not None
     wide["running_cell_mean"].fill_(9)
     assert float(running.cell_mean.max()) == 0.0
     assert read_running(wide, LayerOptions(), 6, torch.float64, lengths=None) is None
     evaluation = read_running(wide, LayerOptions(training=False, norm=norm), 6, torch.float64, lengths=None)
-    assert evaluation is not None and evaluation.cell_mean is wide["running_cell_mean"]
+    assert evaluation is not None
+    assert evaluation.cell_mean is wide["running_cell_mean"]
 
 
 def test_sequence_wise_input_reads_its_one_row() -> None:
@@ -212,7 +215,8 @@ def test_sequence_wise_input_reads_its_one_row() -> None:
     options = LayerOptions(training=False, norm=norm)
     buffers[COUNT][:] = torch.tensor([2, 2, 0, 0])
     running = read_running(buffers, options, 5, torch.float64, lengths=None)
-    assert running is not None and running.cell_mean is None
+    assert running is not None
+    assert running.cell_mean is None
     assert running.input_index.tolist() == [0] * 5
     assert running.index.tolist() == [0, 1, 1, 1, 1]
 

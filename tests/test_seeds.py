@@ -16,8 +16,10 @@ def test_a_seed_is_one_int64_from_the_default_generator() -> None:
     torch.manual_seed(7)
     first, second = draw_seed("cpu"), draw_seed("cpu")
     torch.manual_seed(7)
-    assert first.shape == () and first.dtype == torch.int64
-    assert torch.equal(draw_seed("cpu"), first) and torch.equal(draw_seed("cpu"), second)
+    assert first.shape == ()
+    assert first.dtype == torch.int64
+    assert torch.equal(draw_seed("cpu"), first)
+    assert torch.equal(draw_seed("cpu"), second)
     assert not torch.equal(first, second)
 
 
@@ -48,7 +50,8 @@ def test_compiled_code_draws_what_eager_code_draws() -> None:
     eager = two()
     torch.manual_seed(1)
     compiled = torch.compile(two, fullgraph=True, backend="aot_eager")()
-    assert torch.equal(eager[0], compiled[0]) and torch.equal(eager[1], compiled[1])
+    assert torch.equal(eager[0], compiled[0])
+    assert torch.equal(eager[1], compiled[1])
 
 
 def test_the_operator_passes_opcheck() -> None:
@@ -92,9 +95,11 @@ def test_vmap_inside_vmap() -> None:
 
     assert nested("different", "different").unique().numel() == 6
     by_sample = nested("same", "different")
-    assert by_sample.unique().numel() == 3 and torch.equal(by_sample[:, 0], by_sample[:, 1])
+    assert by_sample.unique().numel() == 3
+    assert torch.equal(by_sample[:, 0], by_sample[:, 1])
     common = nested("different", "same")
-    assert common.unique().numel() == 2 and torch.equal(common[0], common[2])
+    assert common.unique().numel() == 2
+    assert torch.equal(common[0], common[2])
     with pytest.raises(RuntimeError, match="randomness='error'"):
         nested("different", "error")
 
@@ -102,7 +107,8 @@ def test_vmap_inside_vmap() -> None:
 def test_ints_count_modulo_two_to_the_64() -> None:
     for value in (0, 1, -1, 2**63, 2**64 - 1, 2**64 + 5, -(2**63) - 1, 10**30):
         seed = as_seed(value, "cpu")
-        assert seed.shape == () and seed.dtype == torch.int64
+        assert seed.shape == ()
+        assert seed.dtype == torch.int64
         assert int(seed) % 2**64 == value % 2**64
         assert wrap_to_int64(value) == int(seed)
     assert int(as_seed(np.int32(5), "cpu")) == 5
@@ -113,7 +119,9 @@ def test_a_tensor_is_taken_as_it_is() -> None:
     assert torch.equal(as_seed(seed, "cpu"), seed)
 
 
-@pytest.mark.parametrize("seed", [1.0, "1", None, True, torch.tensor(1.0), torch.tensor(1, dtype=torch.int32)], ids=repr)
+@pytest.mark.parametrize(
+    "seed", [1.0, "1", None, True, torch.tensor(1.0), torch.tensor(1, dtype=torch.int32)], ids=repr
+)
 def test_seeds_of_the_wrong_type(seed: Any) -> None:
     with pytest.raises(TypeError, match="seed: expected"):
         as_seed(seed, "cpu")
