@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def from_torch(cls: type[_Module], module: nn.LSTM, options: Mapping[str, Any]) 
     arguments = {name: getattr(module, name) for name in _HYPERPARAMETERS}
     if "regularization" in options and options["regularization"] is not None and options["regularization"].dropout:
         del arguments["dropout"]
-    weight = module.weight_ih_l0
+    weight: Tensor = module.weight_ih_l0  # type: ignore[assignment]
     # On "meta" nothing is drawn, so that a conversion does not move torch's generator.
     result = cls(**{**arguments, **options}, device="meta", dtype=weight.dtype)
     result.to_empty(device=weight.device)
@@ -65,7 +65,7 @@ def to_torch(module: LSTM) -> nn.LSTM:
             f"to_torch: expected one dropout for all layers, got {module.dropout}; assign module.dropout a float first"
         )
     arguments["dropout"] = rates.pop() if rates else 0.0
-    weight = module.weight_ih_l0
+    weight: Tensor = module.weight_ih_l0  # type: ignore[assignment]
     result = nn.LSTM(**arguments, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
     _copy_weights(module, result)
     return result.train(module.training)

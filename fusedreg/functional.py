@@ -215,15 +215,15 @@ def run(
     layer_function = _layer_function(backend, plan, x)
     statistics_read = [
         running_statistics.read_running(buffers, options, steps, x.dtype, lengths=lengths)
-        for buffers, options in zip(running or (), plan.options)
+        for buffers, options in zip(running or (), plan.options, strict=running is not None)
     ]
     seed_tensor = _seed(plan, seed, generator, x.device)
 
-    output, final_hidden, final_cell, cells, statistics = run_stack(
-        plan, layer_function, x, state, layers, statistics_read, lengths, reset, seed_tensor
-    )
-
-    if packed is not None:
+    stack = run_stack(plan, layer_function, x, state, layers, statistics_read, lengths, reset, seed_tensor)
+    output: Any
+    cells: Any
+    output, final_hidden, final_cell, cells, statistics = stack
+    if packed is not None and host_lengths is not None:
         output = pack_like(output, host_lengths, packed)
         cells = None if cells is None else pack_like(cells, host_lengths, packed)
     elif not batched:
@@ -305,7 +305,8 @@ def lstm(
         regularization = Regularization()
     elif not isinstance(regularization, Regularization):
         raise TypeError(
-            f"regularization: expected a fusedreg.Regularization or None, got {type(regularization).__name__}"
+            f"regularization: expected a fusedreg.Regularization or None, got {type(regularization).__name__}; make "
+            f"one with fusedreg.Regularization(...)"
         )
     validation.check_size("num_layers", num_layers, 1)
     regularization.check_layers(num_layers)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedreg import conversion, functional, running_statistics, validation
+from fusedreg import backends, conversion, functional, running_statistics, validation
 from fusedreg.functional import LSTMResult, LSTMResultWithCells, Plan
 from fusedreg.layer import LayerParameters
 from fusedreg.parameters import Architecture, suffix
@@ -101,6 +101,8 @@ class LSTM(nn.Module):
         norm: BatchNorm | LayerNorm | None = None,
     ) -> None:
         super().__init__()
+        validation.check_dropout(dropout)
+        validation.check_dtype(dtype)
         fields = Regularization(
             dropout,
             input_dropout,
@@ -117,11 +119,12 @@ class LSTM(nn.Module):
             zoneout_output,
             norm,
         )
-        chosen = _merge(regularization, fields)
+        chosen = validation.merge_regularization(regularization, fields)
         bidirectional = bool(bidirectional)
         architecture = Architecture(input_size, hidden_size, num_layers, bias, bidirectional, proj_size, chosen.norm)
         validation.check_architecture(architecture, batch_first)
         validation.check_flag("recompute", recompute)
+        backends.check_name(backend)
         chosen.check_layers(num_layers)
         if num_layers == 1 and chosen.dropout not in (0.0, (), (0.0,)):
             warnings.warn(
@@ -279,16 +282,12 @@ class LSTM(nn.Module):
         call = functional.run(
             plan, input, hx, self._layer_parameters(), running, lengths, reset, seed, generator, self.backend
         )
-        if running is not None and plan.batch_statistics:
+        norm = self._regularization.norm
+        if running is not None and plan.training and isinstance(norm, BatchNorm):
+            sizes = {"steps": call.steps, "rows": call.rows}
             for buffers, statistics in zip(running, call.statistics, strict=True):
-                running_statistics.update_running(
-                    buffers,
-                    statistics,
-                    self._regularization.norm,
-                    steps=call.steps,
-                    rows=call.rows,
-                    lengths=call.lengths,
-                )
+                assert statistics is not None
+                running_statistics.update_running(buffers, statistics, norm, **sizes, lengths=call.lengths)
         return call.result
 
     def _layer_parameters(self) -> list[LayerParameters]:
@@ -370,6 +369,7 @@ class LSTM(nn.Module):
         return conversion.to_torch(self)
 
     def extra_repr(self) -> str:
+        """What differs from the defaults, in ``nn.LSTM``'s manner."""
         parts = [f"{self.input_size}, {self.hidden_size}"]
         defaults = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False}
         parts += [f"{name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value]
@@ -390,7 +390,7 @@ class LSTM(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._prepare()
 
     def __prepare_scriptable__(self) -> Any:
@@ -414,23 +414,3 @@ class LSTM(nn.Module):
                 "or quantise module.to_torch()"
             )
         self.__dict__["_qconfig"] = None
-
-
-def _merge(regularization: Regularization | None, fields: Regularization) -> Regularization:
-    """The regularisers of a constructor: those given as one value, or those given one by one."""
-    if regularization is None:
-        return fields
-    if not isinstance(regularization, Regularization):
-        raise TypeError(
-            f"regularization: expected a fusedreg.Regularization or None, got {type(regularization).__name__}; pass "
-            f"fusedreg.Regularization(...) or its fields by name"
-        )
-    changed = fields.changed()
-    dropout = changed.pop("dropout", regularization.dropout)
-    if changed or regularization.dropout not in (0.0, dropout):
-        both = sorted(changed) or ["dropout"]
-        raise ValueError(
-            f"regularization: expected None beside {', '.join(both)}, got both; put "
-            f"{'them' if len(both) > 1 else 'it'} into the Regularization"
-        )
-    return dataclasses.replace(regularization, dropout=dropout)

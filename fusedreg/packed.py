@@ -41,5 +41,5 @@ def pack_like(padded: Tensor, lengths: Tensor, packed: PackedSequence) -> Packed
     if packed.sorted_indices is not None:
         padded = padded.index_select(1, packed.sorted_indices)
         lengths = lengths.index_select(0, packed.sorted_indices.to(lengths.device))
-    data, _ = torch._VF._pack_padded_sequence(padded, lengths, False)  # type: ignore[attr-defined]
+    data, _ = torch._VF._pack_padded_sequence(padded, lengths, False)
     return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)

@@ -38,6 +38,7 @@ class Architecture:
 
     @property
     def num_directions(self) -> int:
+        """``D``: 2 with ``bidirectional``, else 1."""
         return 2 if self.bidirectional else 1
 
     @property
@@ -105,7 +106,7 @@ class Architecture:
 
 
 def suffix(layer: int, direction: int) -> str:
-    """``_l0``, ``_l0_reverse``, …"""
+    """What a layer's and direction's names end with: ``_l0``, ``_l0_reverse``, and so on."""
     return f"_l{layer}" + ("_reverse" if direction else "")
 
 
@@ -151,11 +152,13 @@ def infer_architecture(
         weight_ih, weight_hh = flat[0], flat[1]
     for name, weight in (("weight_ih_l0", weight_ih), ("weight_hh_l0", weight_hh)):
         if not isinstance(weight, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(weight).__name__}; pass nn.LSTM's parameters")
+            raise TypeError(
+                f"parameters: expected {name} to be a tensor, got {type(weight).__name__}; pass nn.LSTM's parameters"
+            )
         if weight.dim() != 2 or weight.shape[0] % 4 != 0:
             raise ValueError(
-                f"{name}: expected shape (4 * hidden_size, features), got {tuple(weight.shape)}; stack the gates in "
-                f"the order i, f, g, o"
+                f"parameters: expected {name} of shape (4 * hidden_size, features), got {tuple(weight.shape)}; stack "
+                f"the gates in the order i, f, g, o"
             )
     proj_size = int(weight_hh.shape[1]) if projected else 0
     architecture = Architecture(
@@ -168,18 +171,18 @@ def infer_architecture(
         value = named.get(name)
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"{name}: expected a tensor of shape {shape}, got {type(value).__name__}; pass every parameter of "
-                f"every layer and direction"
+                f"parameters: expected {name} to be a tensor of shape {shape}, got {type(value).__name__}; pass every "
+                f"parameter of every layer and direction"
             )
         if tuple(value.shape) != shape:
             raise ValueError(
-                f"{name}: expected shape {shape}, got {tuple(value.shape)}; the sizes are read off weight_ih_l0 and "
-                f"weight_hh_l0"
+                f"parameters: expected {name} of shape {shape}, got {tuple(value.shape)}; the sizes are read off "
+                f"weight_ih_l0 and weight_hh_l0"
             )
         if value.dtype != weight_ih.dtype or value.device != weight_ih.device:
             raise ValueError(
-                f"{name}: expected {weight_ih.dtype} on {weight_ih.device} as weight_ih_l0, got {value.dtype} on "
-                f"{value.device}; convert all parameters to one type and device"
+                f"parameters: expected {name} of {weight_ih.dtype} on {weight_ih.device} as weight_ih_l0, got "
+                f"{value.dtype} on {value.device}; convert all parameters to one type and device"
             )
     return architecture, named
 

@@ -7,6 +7,8 @@ they are written out rather than composed.
 
 from __future__ import annotations
 
+import dataclasses
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedreg.layer import compute_dtype
 from fusedreg.parameters import Architecture
+from fusedreg.regularization import Regularization
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -172,7 +175,8 @@ def check_lengths(lengths: Any, rows: int | None, steps: int, device: torch.devi
                 f"lengths: expected values in [0, {steps}], the input's steps, got values from {low} to {high}; "
                 f"clamp them or pad the input"
             )
-    return lengths.to(device=device, dtype=torch.int64)
+    on_device: Tensor = lengths.to(device=device, dtype=torch.int64)
+    return on_device
 
 
 def _traced(tensor: Tensor) -> bool:
@@ -198,7 +202,9 @@ def check_reset(reset: Any, expected: tuple[int, ...], device: torch.device, bid
             "a reset: split the sequences, or use one direction"
         )
     if not isinstance(reset, Tensor):
-        raise TypeError(f"reset: expected a bool tensor of shape {expected}, got {type(reset).__name__}")
+        raise TypeError(
+            f"reset: expected a bool tensor of shape {expected}, got {type(reset).__name__}; convert with torch.tensor"
+        )
     if reset.dtype != torch.bool:
         raise TypeError(f"reset: expected torch.bool, got {reset.dtype}; convert with reset.bool()")
     if reset.dim() != len(expected) or any(a != b for a, b in zip(reset.shape, expected, strict=True)):
@@ -283,6 +289,32 @@ def check_size(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name}: expected a {kind}, got {value}; pass {least} or more")
 
 
+def check_dropout(value: Any) -> None:
+    """Check the kind of value that ``dropout`` is, with the error type of ``nn.LSTM``; its range is checked later.
+
+    Raises:
+        ValueError: neither a number nor a sequence of them.
+    """
+    numeric = isinstance(value, (numbers.Real, Sequence)) and not isinstance(value, (bool, str, bytes))
+    if not numeric:
+        raise ValueError(
+            f"dropout: expected a number in [0, 1), or one a layer, got {value!r} of type {type(value).__name__}; pass "
+            f"a float"
+        )
+
+
+def check_dtype(dtype: Any) -> None:
+    """Check the type of a model's parameters.
+
+    Raises:
+        TypeError: not a real floating type that there is arithmetic for.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(
+            f"dtype: expected torch.float32, float64, bfloat16 or float16, got {dtype!r}; leave it out for the default"
+        )
+
+
 def check_architecture(architecture: Architecture, batch_first: Any) -> None:
     """Check a model's hyperparameters, with the error types of ``nn.LSTM``.
 
@@ -301,3 +333,29 @@ def check_architecture(architecture: Architecture, batch_first: Any) -> None:
             f"proj_size: expected less than hidden_size={architecture.hidden_size}, got {architecture.proj_size}; "
             f"pass 0 for no projection"
         )
+
+
+def merge_regularization(regularization: Any, fields: Regularization) -> Regularization:
+    """The regularisers of a constructor: those given as one value, or those given one by one.
+
+    Args:
+        regularization: a :class:`~fusedreg.Regularization` or ``None``.
+        fields: what was given by name. Only ``dropout``, ``nn.LSTM``'s own, may stand beside the other.
+
+    Raises:
+        TypeError: not a ``Regularization``. ValueError: given both ways.
+    """
+    if regularization is None:
+        return fields
+    if not isinstance(regularization, Regularization):
+        raise TypeError(
+            f"regularization: expected a fusedreg.Regularization or None, got {type(regularization).__name__}; pass "
+            f"fusedreg.Regularization(...) or its fields by name"
+        )
+    changed = fields.changed()
+    changed.pop("dropout", None)
+    dropout = fields.dropout or regularization.dropout
+    if changed or regularization.dropout not in (0.0, dropout):
+        both = ", ".join(sorted(changed) or ["dropout"])
+        raise ValueError(f"regularization: expected None beside {both}, got both; put {both} into the Regularization")
+    return dataclasses.replace(regularization, dropout=dropout)

@@ -1,0 +1,244 @@
+"""The operators' gradients: one ``autograd.Function`` over the forward, one over the backward.
+
+The first one's backward calls the second, whose own backward is the vector-Jacobian product of
+:mod:`fusedreg.reference`: a double backward, and any further one, is slow and right. Both have ``setup_context`` and
+a vmap rule, so that they work under ``torch.func``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedreg.encoding import DIFFERENTIABLE, FIRST_RUNNING, SAVE_NOTHING, decode_options, hidden_differs
+from fusedreg.layer import LayerOptions, LayerParameters, LayerResult, RunningStatistics
+from fusedreg.regularization import BatchNorm
+
+
+def forward_operator(*arguments: Any) -> Any:
+    """``fusedreg::lstm_layer_forward``."""
+    return torch.ops.fusedreg.lstm_layer_forward.default(*arguments)
+
+
+def backward_operator(*arguments: Any) -> Any:
+    """``fusedreg::lstm_layer_backward``."""
+    return torch.ops.fusedreg.lstm_layer_backward.default(*arguments)
+
+
+def save_for_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    """Keep what the backward operator reads: the forward's tensors and what it saved."""
+    tensors, (rates, options, norm_eps) = inputs[:24], inputs[24:]
+    y, _, _, cells, hidden, gates, input_gates, *statistics = output
+    ctx.rates, ctx.options, ctx.norm_eps = list(rates), list(options), norm_eps
+    constants = [hidden, gates, input_gates, *statistics]
+    if not options[12]:
+        constants.append(cells)
+    ctx.mark_non_differentiable(*constants)
+    if not torch.compiler.is_compiling():  # dynamo has no rule for it, and removes the dead zeros itself
+        ctx.set_materialize_grads(False)
+    carried = hidden if hidden_differs(rates, options) else y
+    # The running statistics are not kept: what was read of them stands in `statistics`, and a module updates them in
+    # place before the backward comes.
+    ctx.save_for_backward(*tensors[:FIRST_RUNNING], cells, carried, gates, input_gates, *statistics)
+
+
+def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Gradients of the forward operator's arguments, by the backward operator."""
+    options = ctx.options
+    if options[13] == SAVE_NOTHING:
+        raise RuntimeError(
+            "fusedreg::lstm_layer_forward: expected options that save for the backward, got save = 0 (nothing) with "
+            "an input that requires grad; call fusedreg.ops.lstm_layer, or encode the options with SAVE_GATES"
+        )
+    output, final_hidden, final_cell, cells = grads[:4]
+    if not options[12]:
+        cells = None
+    needed = [ctx.needs_input_grad[position] for position in DIFFERENTIABLE]
+    if all(grad is None for grad in (output, final_hidden, final_cell, cells)) or not any(needed):
+        return (None,) * 27
+    saved = ctx.saved_tensors
+    tensors = (*saved[:FIRST_RUNNING], *(None,) * 8)
+    arguments = (
+        (output, final_hidden, final_cell, cells),
+        tensors,
+        saved[FIRST_RUNNING:],
+        (ctx.rates, options, ctx.norm_eps, needed),
+    )
+    flat = [argument for group in arguments for argument in group]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        results = LayerBackward.apply(*flat)  # type: ignore[no-untyped-call]
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = backward_operator(*flat)
+    gradients: list[Tensor | None] = [None] * 27
+    for position, wanted, result in zip(DIFFERENTIABLE, needed, results, strict=True):
+        if wanted:
+            gradients[position] = result
+    return tuple(gradients)
+
+
+def _loop_over_samples(function: Any, info: Any, in_dims: Sequence[int | None], arguments: Sequence[Any]) -> Any:
+    """The vmap rule of both operators: one call a sample, with the masks that a loop would have drawn."""
+    results = []
+    for sample in range(info.batch_size):
+        chosen = [
+            argument.select(dim, sample) if isinstance(argument, Tensor) and isinstance(dim, int) else argument
+            for argument, dim in zip(arguments, in_dims, strict=True)
+        ]
+        results.append(function.apply(*chosen))
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _refuse_forward_mode() -> None:
+    raise NotImplementedError(
+        "fusedreg: expected reverse-mode differentiation, got forward mode (torch.func.jvp, jacfwd, hessian); use "
+        "vjp, jacrev, or jacrev(jacrev(...)) for a Hessian, or backend='reference', which has both modes"
+    )
+
+
+class Layer(torch.autograd.Function):
+    """The forward operator; its arguments and results are the operator's."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        """Run the operator."""
+        return forward_operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what the gradients need."""
+        save_for_backward(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Differentiate it."""
+        return gradients(ctx, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        """Call it once a sample."""
+        return _loop_over_samples(Layer, info, in_dims, arguments)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Refuse, with the remedy."""
+        _refuse_forward_mode()
+
+
+class LayerBackward(torch.autograd.Function):
+    """The backward operator, differentiable once more through the reference."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        """Run the operator."""
+        return backward_operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what the gradients need."""
+        save_for_double_backward(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Differentiate it."""
+        return second_gradients(ctx, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        """Call it once a sample."""
+        return _loop_over_samples(LayerBackward, info, in_dims, arguments)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Refuse, with the remedy."""
+        _refuse_forward_mode()
+
+
+def save_for_double_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    """Keep what the reference needs to say the same again: no saved gates, no saved states."""
+    ctx.rates, ctx.options, ctx.norm_eps, ctx.needed = inputs[35:]
+    ctx.mark_non_differentiable(*(result for result, wanted in zip(output, ctx.needed, strict=True) if not wanted))
+    if not torch.compiler.is_compiling():
+        ctx.set_materialize_grads(False)
+    statistics = inputs[32:35]
+    ctx.save_for_backward(*inputs[: 4 + FIRST_RUNNING], *statistics)
+
+
+def second_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Gradients of ``⟨grads, backward(...)⟩``, by differentiating the reference twice."""
+    from fusedreg import reference  # here, so that the operators themselves need torch only
+
+    saved = ctx.saved_tensors
+    output_grads, tensors, statistics = saved[:4], list(saved[4:20]), saved[20:]
+    options, _ = decode_options(ctx.rates, ctx.options, ctx.norm_eps)
+    running = statistics_as_running(options, statistics, tensors[0])
+    wanted = [place for place, grad in enumerate(grads) if grad is not None and ctx.needed[place]]
+    if not wanted:
+        return (None,) * 39
+    # Primals: every differentiable tensor there is, then the gradients that came in.
+    places = [position for position in DIFFERENTIABLE if tensors[position] is not None]
+    given = [place for place, grad in enumerate(output_grads) if grad is not None]
+    inner = [places.index(DIFFERENTIABLE[place]) for place in wanted]
+
+    def outputs(*primals: Tensor) -> tuple[Tensor, ...]:
+        full: list[Tensor | None] = list(tensors)
+        for position, primal in zip(places, primals, strict=True):
+            full[position] = primal
+        result = call_layer(reference.lstm_layer, full, options, running)
+        four = (result.output, result.final_hidden, result.final_cell, result.cells)
+        return tuple(value for place in given if (value := four[place]) is not None)
+
+    def first_gradients(*primals: Tensor) -> tuple[Tensor, ...]:
+        values, cotangents = primals[: len(places)], primals[len(places) :]
+
+        def of_inner(*chosen: Tensor) -> tuple[Tensor, ...]:
+            replaced = list(values)
+            for place, value in zip(inner, chosen, strict=True):
+                replaced[place] = value
+            return outputs(*replaced)
+
+        pullback = torch.func.vjp(of_inner, *(values[place] for place in inner))[1]
+        return tuple(pullback(cotangents))
+
+    primals = [tensors[position] for position in places] + [output_grads[place] for place in given]
+    pullback = torch.func.vjp(first_gradients, *primals)[1]
+    seconds = pullback(tuple(grads[place] for place in wanted))
+    results: list[Tensor | None] = [None] * 39
+    for position, second in zip(places, seconds[: len(places)], strict=True):
+        results[4 + position] = second
+    for place, second in zip(given, seconds[len(places) :], strict=True):
+        results[place] = second
+    return tuple(results)
+
+
+def call_layer(
+    layer: Callable[..., LayerResult],
+    tensors: Sequence[Any],
+    options: LayerOptions,
+    running: RunningStatistics | None,
+) -> LayerResult:
+    """Call an implementation of the layer with the operator's tensors."""
+    input, weight_ih, weight_hh, bias_ih, bias_hh, hidden, cell, lengths, reset, seed = tensors[:10]
+    parameters = LayerParameters(weight_ih, weight_hh, bias_ih, bias_hh, None, *tensors[10:FIRST_RUNNING])
+    return layer(input, hidden, cell, parameters, options, lengths=lengths, reset=reset, seed=seed, running=running)
+
+
+def statistics_as_running(
+    options: LayerOptions, statistics: Sequence[Tensor], input: Tensor
+) -> RunningStatistics | None:
+    """The statistics that the forward normalised with, in the form in which the reference reads running ones.
+
+    It reads them in evaluation, and in training at steps with one valid row: exactly where the forward did.
+    """
+    if not isinstance(options.norm, BatchNorm):
+        return None
+    index = torch.arange(input.shape[0], device=input.device)
+    pairs: list[Tensor | None] = []
+    for site, values in zip((options.norm.input, options.norm.recurrent, options.norm.cell), statistics, strict=True):
+        pairs += [values[:, 0], values[:, 1]] if site else [None, None]
+    pooled = options.norm.input_statistics == "sequence"
+    return RunningStatistics(index, torch.zeros_like(index) if pooled else index, *pairs)
