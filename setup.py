@@ -10,7 +10,6 @@ Environment variables:
 * ``MAX_JOBS``: compilations at a time (default: the number of processors).
 * ``FUSEDREG_CPU=0``: install without the CPU extension. ``FUSEDREG_CPU=1`` (the default) builds it or fails.
 * ``FUSEDREG_CUDA=1``: build the CUDA extension or fail. Default: build it where its sources and nvcc are found.
-* ``FUSEDREG_SANITIZE=address,undefined``: build with these sanitizers (see ``make sanitize``).
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ class BuildNative(build_ext):
         """Builds one extension into the place that setuptools names."""
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         torch, compiler = self.native
-        plan = native_build.cpu_plan(torch, native_build.sanitizers())
+        plan = native_build.cpu_plan(torch)
         try:
-            native_build.build(plan, compiler, Path(self.build_temp) / "native", target)
+            native_build.build(plan, compiler, native_build.OBJECTS, target)
         except native_build.BuildError as error:
             raise SystemExit(f"\nfusedreg: building {extension.name} failed.\n{error}\n") from None
         self.report.append(f"{plan.title}: {target.name}, {target.stat().st_size // 1024} KiB, {plan.details}")

@@ -215,26 +215,43 @@ void backward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/)
   results.give(stack);
 }
 
-// What this file can use on this processor, best first: "avx512,avx2,portable". Found by trying, which changes the set
-// in use for a moment, so once: fusedreg/backends/cpu.py asks when it loads this file, before any kernel runs.
+// What this file can use on this processor, best first: "avx512,avx2,portable".
 void cpu_instruction_sets(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  static const std::string usable = [] {
-    const std::string current = cpu::get_instruction_set();
-    std::string names;
-    for (const char* name : {"avx512", "avx2", "portable"}) {
-      if (!cpu::set_instruction_set(name)) continue;
-      if (!names.empty()) names += ',';
-      names += name;
-    }
-    cpu::set_instruction_set(current);
-    return names;
-  }();
-  stack[0] = torch::stable::detail::from(usable);
+  stack[0] = torch::stable::detail::from(cpu::usable_instruction_sets());
+}
+
+void cpu_instruction_set(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  stack[0] = torch::stable::detail::from(cpu::get_instruction_set());
 }
 
 void set_cpu_instruction_set(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
   const auto name = torch::stable::detail::to<std::string>(stack[0]);
   stack[0] = torch::stable::detail::from(cpu::set_instruction_set(name));
+}
+
+// The multiply-add rate in GFLOP/s of `threads` threads at once, each busy for `seconds`: the benchmarks' roof.
+void measure_fma_rate(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  ArgumentReader reader(stack);
+  const auto threads = reader.take<int64_t>();
+  const auto seconds = reader.take<double>();
+  if (threads < 1 || threads > stable::threads() || !(seconds > 0.0 && seconds < 60.0)) {
+    stable::fail("fusedreg::_measure_fma_rate: expected 1 to ", stable::threads(),
+                 " threads (torch.set_num_threads) and 0 to 60 seconds, got ", threads, " and ", seconds);
+  }
+  struct Measurement {
+    double seconds;
+    std::vector<double> rates;
+  } measurement{seconds, std::vector<double>(threads)};
+  stable::run_team(
+      static_cast<int>(threads),
+      [](void* context, int worker, int /*workers*/) {
+        auto& each = *static_cast<Measurement*>(context);
+        each.rates[worker] = cpu::measure_fma_rate(each.seconds);
+      },
+      &measurement);
+  double total = 0;
+  for (const double rate : measurement.rates) total += rate;
+  stack[0] = torch::stable::detail::from(total / 1e9);
 }
 
 // The version that this file was built from, for fusedreg/backends/cpu.py to compare with the Python files'.
@@ -249,7 +266,9 @@ STABLE_TORCH_LIBRARY(fusedreg, library) {
   library.def(fusedreg::kForwardSchema);
   library.def(fusedreg::kBackwardSchema);
   library.def("_cpu_instruction_sets() -> str");
+  library.def("_cpu_instruction_set() -> str");
   library.def("_set_cpu_instruction_set(str name) -> bool");
+  library.def("_measure_fma_rate(int threads, float seconds) -> float");
   library.def("_cpu_version() -> str");
 }
 
@@ -260,6 +279,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedreg, CPU, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(fusedreg, CompositeExplicitAutograd, library) {
   library.impl("_cpu_instruction_sets", &fusedreg::cpu_instruction_sets);
+  library.impl("_cpu_instruction_set", &fusedreg::cpu_instruction_set);
   library.impl("_set_cpu_instruction_set", &fusedreg::set_cpu_instruction_set);
+  library.impl("_measure_fma_rate", &fusedreg::measure_fma_rate);
   library.impl("_cpu_version", &fusedreg::cpu_version);
 }

@@ -16,11 +16,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# Objects lie in one place for every Python: nothing in them depends on it.
+OBJECTS = ROOT / "build" / "native"
 MINIMUM_TORCH = (2, 10)
 MINIMUM_SETUPTOOLS = 77  # the first that reads `license = "..."` and `license-files` in pyproject.toml
 # torch/csrc/stable/version.h: the oldest torch that the built file must load in.
@@ -73,7 +76,6 @@ class Plan:
     units: tuple[Unit, ...]
     flags: tuple[str, ...]
     link_flags: tuple[str, ...]
-    include: tuple[Path, ...] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,6 @@ def cuda_status() -> Status:
     if shutil.which("nvcc") is None:
         return Status(False, bool(wanted), "nvcc is not on the PATH; install the CUDA toolkit or add it to the PATH")
     return Status(True, bool(wanted), "nvcc found")
-
-
-def sanitizers() -> tuple[str, ...]:
-    """The sanitizers asked for in ``FUSEDREG_SANITIZE``, a comma separated list, as the compiler names them."""
-    return tuple(name for name in os.environ.get("FUSEDREG_SANITIZE", "").split(",") if name)
 
 
 def find_torch() -> Torch:
@@ -197,22 +194,23 @@ def version() -> str:
 
 
 def common_flags(with_sanitizers: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Flags of every C++ file. No ``-ffast-math`` and no ``-march=native``: NaN counts here, and so do old processors."""
+    """Flags of every C++ file. No ``-ffast-math``, since NaN counts here, and no ``-march=native``."""
     flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-pthread"]
     flags += ["-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
-    flags += [f"-ffile-prefix-map={ROOT}/=", "-DNDEBUG"]
+    flags += [] if with_sanitizers else ["-DNDEBUG"]
     if with_sanitizers:
-        flags.remove("-DNDEBUG")
+        flags[flags.index("-O3")] = "-O1"  # half the time to compile, and a readable trace
         flags += [f"-fsanitize={','.join(with_sanitizers)}", "-fno-omit-frame-pointer", "-g1"]
         if "undefined" in with_sanitizers:
             flags += ["-fno-sanitize-recover=undefined"]
     return tuple(flags)
 
 
-def kernel_units(folder: Path = ROOT / "csrc" / "cpu") -> tuple[Unit, ...]:
+def kernel_units() -> tuple[Unit, ...]:
     """The CPU kernels, free of torch: once for each instruction set, and what chooses among them."""
     sets = instruction_sets()
     have = tuple(f"-DFUSEDREG_HAVE_{name.upper()}" for name in sets if name != "portable")
+    folder = ROOT / "csrc" / "cpu"
     once = sorted(path for path in folder.glob("*.cpp") if path.name != "kernels.cpp")
     units = [Unit(path, path.stem, have) for path in once]
     units += [
@@ -227,7 +225,11 @@ def cpu_plan(torch: Torch, with_sanitizers: tuple[str, ...] = ()) -> Plan:
     sources = ROOT / "csrc"
     # Torch builds itself, and its extensions, as C++20; its stable headers need no more than C++17 so far.
     definitions = ("-std=c++20", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", f'-DFUSEDREG_VERSION="{version()}"')
-    registration = Unit(sources / "registration.cpp", "registration", (*definitions, "-isystem", str(torch.include)))
+    registration = Unit(
+        sources / "registration.cpp",
+        "registration",
+        (*definitions, f"-ffile-prefix-map={torch.include}=torch", "-isystem", str(torch.include)),
+    )
     link = ["-shared", f"-L{torch.library}", "-ltorch_cpu", "-pthread"]
     if sys.platform == "linux":
         link += ["-Wl,--as-needed", "-Wl,-z,relro,-z,now"]
@@ -247,17 +249,22 @@ def cpu_plan(torch: Torch, with_sanitizers: tuple[str, ...] = ()) -> Plan:
     )
 
 
-def _outdated(target: Path, command: list[str], record: Path, dependencies: Path | None) -> bool:
+def _relative(path: Path) -> str:
+    """Paths inside the checkout, from its root: messages name no build machine, and a moved tree stays built."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def _outdated(target: Path, command: list[str], record: Path, dependencies: Path) -> bool:
     """Whether a file must be made again: absent, another command made it, or something it was made of is newer."""
-    if not target.exists() or not record.exists() or json.loads(record.read_text()) != command:
+    if not target.exists() or not dependencies.exists() or not record.exists():
         return True
-    if dependencies is None or not dependencies.exists():
+    if json.loads(record.read_text()) != command:
         return True
     # A make rule: "target: file file \ newline file", spaces inside names escaped.
     text = dependencies.read_text().replace("\\\n", " ").split(":", 1)[-1]
     made = target.stat().st_mtime_ns
     for name in shlex.split(text):
-        path = Path(name)
+        path = ROOT / name
         if not path.exists() or path.stat().st_mtime_ns > made:
             return True
     return False
@@ -266,42 +273,54 @@ def _outdated(target: Path, command: list[str], record: Path, dependencies: Path
 def _run(command: list[str], what: str) -> None:
     answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if answer.returncode != 0:
-        killed = "\nThe compiler was killed: is there enough memory? MAX_JOBS=1 needs the least." * (
-            answer.returncode < 0 or "Killed" in answer.stderr
-        )
-        raise BuildError(f"{what}: the compiler failed.{killed}\n{shlex.join(command)}\n{answer.stdout}{answer.stderr}")
+        killed = answer.returncode < 0 or "Killed" in answer.stderr
+        hint = " It was killed: is there enough memory? MAX_JOBS=1 needs the least." if killed else ""
+        raise BuildError(f"{what}: the compiler failed.{hint}\n{shlex.join(command)}\n{answer.stdout}{answer.stderr}")
     if answer.stderr.strip():
         print(answer.stderr, file=sys.stderr, flush=True)
 
 
-def build(plan: Plan, compiler: Compiler, folder: Path, target: Path) -> None:
-    """Compiles what is out of date in ``folder`` and links ``target``, which is replaced in one move."""
-    folder = folder.resolve()
+def _say(line: str) -> None:
+    print(line + "\n", end="", flush=True)  # one write: several compilations talk at once
+
+
+def compile_units(units: Iterable[Unit], flags: Sequence[str], compiler: Compiler, folder: Path) -> list[Path]:
+    """Compiles what is out of date into ``folder``, several at a time; the object files, in the units' order."""
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
 
     def compile_unit(unit: Unit) -> Path:
         made = folder / f"{unit.object_name}.o"
-        command = [*compiler.command, *plan.flags, *unit.flags]
-        command += ["-MD", "-MF", str(made.with_suffix(".d")), "-c", str(unit.source), "-o", str(made)]
-        record = made.with_suffix(".json")
-        if _outdated(made, command, record, made.with_suffix(".d")):
+        dependencies, record = made.with_suffix(".d"), made.with_suffix(".json")
+        command = [*compiler.command, *flags, *unit.flags, "-MD", "-MF", _relative(dependencies)]
+        command += ["-c", _relative(unit.source), "-o", _relative(made)]
+        if _outdated(made, command, record, dependencies):
             if not unit.source.exists():
                 raise BuildError(f"{unit.source}: no such file. The sources are incomplete; fetch them again.")
-            print(f"  compiling {unit.object_name}", flush=True)
+            _say(f"  compiling {unit.object_name}")
             record.unlink(missing_ok=True)
             _run(command, f"{unit.source.name} ({unit.object_name})")
             record.write_text(json.dumps(command))
         return made
 
+    jobs = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
     with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(compile_unit, plan.units))
+        return list(pool.map(compile_unit, units))
+
+
+def link(objects: Sequence[Path], flags: Sequence[str], compiler: Compiler, target: Path) -> None:
+    """Links ``target``, in the order of ``objects``, and replaces it in one move."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    _say(f"  linking {target.name}")
+    _run([*compiler.command, *map(_relative, objects), "-o", str(fresh), *flags], target.name)
+    # A running process keeps the old file it has mapped; writing into it would crash that process.
+    fresh.replace(target)
+
+
+def build(plan: Plan, compiler: Compiler, folder: Path, target: Path) -> None:
+    """Builds an extension: compiles what is out of date in ``folder`` and links ``target``."""
+    objects = compile_units(plan.units, plan.flags, compiler, folder)
     # Order matters. Where two objects hold the same inline function of the standard library, the linker keeps
     # the first: it must be one compiled without AVX, or an old processor would run an instruction it lacks.
     # tests/test_packaging.py checks that there is none to begin with.
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{os.getpid()}")
-    print(f"  linking {target.name}", flush=True)
-    _run([*compiler.command, *map(str, objects), "-o", str(fresh), *plan.link_flags], target.name)
-    # A running process keeps the old file it has mapped; writing into it would crash that process.
-    fresh.replace(target)
+    link(objects, plan.link_flags, compiler, target)

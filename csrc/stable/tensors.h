@@ -93,16 +93,10 @@ struct Expectation {
 inline const void* pointer(const Tensor& tensor) { return tensor.const_data_ptr(); }
 inline const void* pointer(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
-// An uninitialised contiguous tensor on the device of `like`. Straight to the C interface: through the dispatcher,
-// as torch::stable::empty goes, ten results cost more than a short sequence does.
+// An uninitialised contiguous tensor on the device of `like`. By the C interface: torch::stable::empty looks its
+// operator up by name each time. Not by aoti_torch_empty_strided either, though it is faster: it goes past the filling
+// of uninitialised memory that torch.use_deterministic_algorithms promises, and that our tests rely on.
 inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
-  Shape strides(shape.size());
-  int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= shape[i] > 0 ? shape[i] : 1;
-  }
-  const int32_t device = like.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
   int32_t dtype = 0;
   switch (type) {
     case ScalarType::Float: dtype = aoti_torch_dtype_float32(); break;
@@ -113,8 +107,9 @@ inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
     default: fail("fusedreg: no result has dtype ", text(type));
   }
   AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, device,
-                               like.get_device_index(), &handle) != TORCH_SUCCESS) {
+  if (aoti_torch_aten_new_empty(like.get(), shape.data(), static_cast<int64_t>(shape.size()), &dtype,
+                                /*layout=*/nullptr, /*device=*/nullptr, /*device_index=*/0, /*pin_memory=*/nullptr,
+                                &handle) != TORCH_SUCCESS) {
     fail("fusedreg: could not allocate a result of shape ", text(shape), " and dtype ", text(type),
          "; use a smaller batch or a shorter sequence");
   }

@@ -1,0 +1,108 @@
+"""``make sanitize``: the kernels under the compilers' sanitizers.
+
+AddressSanitizer and UndefinedBehaviorSanitizer: the whole extension is built with them, beside the ordinary one, and
+the tests run over it. Python itself is not built so, which is why their runtime has to be loaded first; libstdc++
+with it, or the first exception that torch throws ends the process, for the runtime to have found no ``__cxa_throw``.
+
+ThreadSanitizer: a driver of the kernels' own parallel region with ``std::thread``. Under Python it would report races
+of libraries that are not built with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import native_build
+from native_build import BuildError, Compiler, Unit
+
+FOLDER = native_build.ROOT / "build" / "sanitize"
+DRIVER = Unit(native_build.ROOT / "tests" / "native" / "thread_driver.cpp", "thread_driver")
+# Leaks: Python and torch keep much until the end that looks like one.
+ASAN_OPTIONS = "detect_leaks=0:abort_on_error=0:exitcode=99:detect_stack_use_after_return=1"
+NOT_UNDER_SANITIZERS = "not slow and not compile and not build"
+
+
+def build_driver(compiler: Compiler, folder: Path, with_sanitizers: tuple[str, ...] = ()) -> Path:
+    """Builds the thread driver with the kernels, without torch: an executable in ``folder``."""
+    flags = native_build.common_flags(with_sanitizers)
+    objects = native_build.compile_units([DRIVER, *native_build.kernel_units()], flags, compiler, folder)
+    target = folder / "thread_driver"
+    link = ["-pthread", *([f"-fsanitize={','.join(with_sanitizers)}"] if with_sanitizers else [])]
+    native_build.link(objects, link, compiler, target)
+    return target
+
+
+def runtime(compiler: Compiler, name: str) -> str:
+    """The path of one of the compiler's shared libraries."""
+    command = [*compiler.command, f"-print-file-name={name}"]
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(path).is_absolute():
+        raise BuildError(
+            f"{name}: {compiler.banner} does not come with it. "
+            "Install the compiler's sanitizer runtimes, or use GCC: CXX=g++ make sanitize"
+        )
+    return path
+
+
+def run_threads(compiler: Compiler) -> int:
+    """ThreadSanitizer over the driver, once for each instruction set that this processor has."""
+    print("ThreadSanitizer: the kernels' parallel region", flush=True)
+    driver = build_driver(compiler, FOLDER / "thread", ("thread",))
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=0:exitcode=66:second_deadlock_stack=1"}
+    # Its shadow memory has a fixed place, which the randomised layout of newer kernels may have given away.
+    fixed = ["setarch", platform.machine(), "-R"] if sys.platform == "linux" else []
+    status = 0
+    for name in native_build.instruction_sets():
+        answer = subprocess.run([*fixed, str(driver), name], env=environment, check=False)
+        if answer.returncode not in (0, 77):
+            status = 1
+    return status
+
+
+def run_tests(compiler: Compiler, tests: list[str], arguments: list[str]) -> int:
+    """AddressSanitizer and UndefinedBehaviorSanitizer over the tests."""
+    print("AddressSanitizer and UndefinedBehaviorSanitizer: the tests", flush=True)
+    library = FOLDER / "address" / "_cpu.abi3.so"
+    plan = native_build.cpu_plan(native_build.find_torch(), ("address", "undefined"))
+    native_build.build(plan, compiler, FOLDER / "address", library)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": f"{runtime(compiler, 'libasan.so')} {runtime(compiler, 'libstdc++.so')}",
+        "ASAN_OPTIONS": ASAN_OPTIONS,
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "FUSEDREG_CPU_LIBRARY": str(library),
+        "PYTHONMALLOC": "malloc",
+    }
+    command = [sys.executable, "-m", "pytest", "-m", NOT_UNDER_SANITIZERS, "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, *arguments, *tests], env=environment, cwd=native_build.ROOT, check=False
+    ).returncode
+
+
+def main() -> int:
+    """Builds and runs what is asked for; 0 where the sanitizers had nothing to say."""
+    parser = argparse.ArgumentParser(description="The kernels under the compilers' sanitizers.")
+    parser.add_argument("--only", choices=("threads", "tests"), help="one half alone")
+    parser.add_argument("--tests", default="tests", help="what pytest runs, separated by spaces")
+    parser.add_argument("arguments", nargs="*", help="passed to pytest, after --")
+    options = parser.parse_args()
+    try:
+        compiler = native_build.find_compiler()
+        threads = run_threads(compiler) if options.only != "tests" else 0
+        tests = run_tests(compiler, options.tests.split(), options.arguments) if options.only != "threads" else 0
+    except BuildError as error:
+        print(f"\nfusedreg: {error}\n", file=sys.stderr)
+        return 1
+    words = {0: "clean"}
+    print(f"ThreadSanitizer: {words.get(threads, 'FAILED')}")
+    print(f"AddressSanitizer, UndefinedBehaviorSanitizer: {words.get(tests, 'FAILED')}")
+    return 1 if threads or tests else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
