@@ -61,7 +61,7 @@ def collect() -> dict[str, str]:
         "accelerators": accelerators(),
         "CPU extension": extension,
         "backend cpu": "available" if state else f"not available: {state.reason}",
-        "instruction sets": ", ".join(cpu.instruction_sets()) if state else "none",
+        "instruction sets": ", ".join(cpu.instruction_sets()) or "none",
     }
 
 

@@ -168,13 +168,12 @@ class LayerArguments {
     }
     const ScalarType type = input.scalar_type();
     if (type != ScalarType::Float && type != ScalarType::Double && type != ScalarType::BFloat16 &&
-        (cpu || type != ScalarType::Half)) {
-      fail(name_, ": input: expected dtype float32, float64 or bfloat16, got ", text(type),
-           "; use backend=\"reference\" for it");
+        type != ScalarType::Half) {
+      fail(name_, ": input: expected dtype float32, float64, bfloat16 or float16, got ", text(type),
+           "; convert it with .to()");
     }
-    shapes = {type,           type == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
-              input_shape[0], input_shape[1],
-              input_shape[2], weight_shape[1]};
+    const ScalarType compute = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    shapes = {type, compute, input_shape[0], input_shape[1], input_shape[2], weight_shape[1]};
     // Row and step numbers are 32-bit words of the masks' counter; sizes are multiplied by 4 below.
     for (const int64_t size : {shapes.steps, shapes.rows, shapes.input_size, shapes.hidden_size}) {
       if (size >= (int64_t{1} << 31) - 4) fail(name_, ": input: expected sizes below 2^31, got ", text(input_shape));

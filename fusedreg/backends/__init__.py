@@ -150,7 +150,7 @@ def explain(
         choice = "reference"
     else:
         choice = "nothing: an error; ask for 'reference' by name"
-    kernels = f"yes, with {cpu.instruction_sets()[0]}" if reason is None else f"no: {reason}"
+    kernels = f"yes, with {cpu.instruction_set()}" if reason is None else f"no: {reason}"
     return "\n".join(
         [
             f"{device}, {str(dtype).removeprefix('torch.')}",

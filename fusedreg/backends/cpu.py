@@ -16,7 +16,7 @@ import torch
 from fusedreg._version import __version__
 
 MINIMUM_TORCH = (2, 10)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Read when the package is imported, never inside an operator. For the sanitizers' build (`make sanitize`).
 LIBRARY_VARIABLE = "FUSEDREG_CPU_LIBRARY"
 
@@ -81,7 +81,6 @@ def _load(path: Path) -> Availability:
         return Availability(
             False, f"the compiled extension {path} is of version {built}, the Python files of {__version__}; {_REBUILD}"
         )
-    instruction_sets()
     from fusedreg.ops import register_operators  # here, because fusedreg.ops knows nothing of backends
 
     register_operators()
@@ -89,12 +88,17 @@ def _load(path: Path) -> Availability:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """The instruction sets that the extension can use on this processor, best first; the first is in use.
+    """The instruction sets that the extension can use on this processor, best first.
 
     Returns:
-        Some of ``"avx512"``, ``"avx2"`` and ``"portable"``.
+        Some of ``"avx512"``, ``"avx2"`` and ``"portable"``; empty without the extension.
     """
-    return tuple(str(torch.ops.fusedreg._cpu_instruction_sets()).split(","))
+    return tuple(str(torch.ops.fusedreg._cpu_instruction_sets()).split(",")) if load() else ()
+
+
+def instruction_set() -> str:
+    """The instruction set in use: the best one, unless a test has set another. Empty without the extension."""
+    return str(torch.ops.fusedreg._cpu_instruction_set()) if load() else ""
 
 
 def unsupported(
@@ -111,7 +115,7 @@ def unsupported(
     if device.type != "cpu":
         return f"device: expected cpu, got {device}"
     if dtype not in DTYPES:
-        return f"dtype: expected float32, float64 or bfloat16, got {str(dtype).removeprefix('torch.')}"
+        return f"dtype: expected float32, float64, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
     if proj_size:
         return f"proj_size={proj_size}: these kernels have no projection"
     if process_group:
