@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import statistics
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -121,9 +122,9 @@ def loop_rates(cases: Iterable[Case], repeats: int = 5) -> list[dict[str, Any]]:
 
     ``torch.ops.fusedreg._time_loop(steps, rows, hidden_size) -> float`` gives the seconds of one pass of the forward
     loop in float32: the weights packed and the input product done before, nothing kept for a backward. The FMA rate
-    is measured before and after each, since a machine's clock and neighbours change; the best of ``repeats`` counts.
+    is measured beside each of the ``repeats``, since a machine's clock and neighbours change; medians are given.
     """
-    operator = _private_operator("_time_loop")
+    operator, fma = _private_operator("_time_loop"), _private_operator("_measure_fma_rate")
     rates: list[dict[str, Any]] = []
     if operator is None:
         return rates
@@ -131,13 +132,15 @@ def loop_rates(cases: Iterable[Case], repeats: int = 5) -> list[dict[str, Any]]:
         if case.batch_size < 32 or case.hidden_size < 512:
             continue
         size = case.hidden_size
-        best, peak = 0.0, fma_rates(0.1)["all_threads"]
+        flops = 8.0 * case.steps * case.batch_size * size * size
+        peaks: list[float] = []
+        reached: list[float] = []
         for _ in range(repeats):
-            seconds = float(operator(case.steps, case.batch_size, size))
-            best = max(best, 8.0 * case.steps * case.batch_size * size * size / seconds / 1e9)
-        after = fma_rates(0.1)["all_threads"]
-        if peak is not None and after is not None:
-            peak = max(peak, after)
-        fraction = best / peak if peak else None
-        rates.append(asdict(LoopRate(case.name, case.steps, case.batch_size, size, best, peak, fraction)))
+            if fma is not None:
+                peaks.append(float(fma(torch.get_num_threads(), 0.05)))
+            reached.append(flops / float(operator(case.steps, case.batch_size, size)) / 1e9)
+        peak = statistics.median(peaks) if peaks else None
+        fraction = statistics.median(one / two for one, two in zip(reached, peaks, strict=True)) if peaks else None
+        rate = LoopRate(case.name, case.steps, case.batch_size, size, statistics.median(reached), peak, fraction)
+        rates.append(asdict(rate))
     return rates

@@ -64,35 +64,40 @@ class CaseMeasurement:
         if reason is not None:
             return Entry("impossible", reason)
         try:
+            runnable = make_runnable(variant, self.case, self.inputs, mode)
             checked = self._checked(variant)
             if not checked.passed:
                 return Entry("wrong", checked.detail)
-            runnable = make_runnable(variant, self.case, self.inputs, mode)
+            self.report(f"warming up {variant.name}, {mode}")
+            contestant = prepare(_work(runnable, mode), self.preset.device, self.preset.sample_seconds)
+            if mode == "training" and variant.implementation == "fusedreg":
+                finite = check_finite(runnable)
+                if not finite.passed:
+                    return Entry("wrong", finite.detail)
         except Unavailable as error:
             return Entry("unavailable", str(error))
-        self.report(f"warming up {variant.name}, {mode}")
-        contestant = prepare(_work(runnable, mode), self.preset.device, self.preset.sample_seconds)
-        if mode == "training" and variant.implementation == "fusedreg":
-            finite = check_finite(runnable)
-            if not finite.passed:
-                return Entry("wrong", finite.detail)
+        except Exception as error:  # one broken variant must not hide the other results; the exit status tells
+            return Entry("failed", f"{type(error).__name__}: {error}")
         return Entry(contestant=contestant)
 
     def time(self) -> list[Samples]:
         """Rounds over all comparisons until the preset's seconds are spent; who goes first alternates."""
         samples = [Samples(comparison) for comparison in self.preset.comparisons]
+        for one in samples:
+            for variant in (one.comparison.variant, one.comparison.against):
+                self.entry(variant, one.comparison.mode)
         begin = time.perf_counter()
         for number in range(self.preset.maximum_rounds):
             if number >= self.preset.minimum_rounds and time.perf_counter() - begin >= self.preset.seconds:
                 break
             for one in samples:
                 mode = one.comparison.mode
-                variant = self.entry(one.comparison.variant, mode).contestant
-                against = self.entry(one.comparison.against, mode).contestant
-                if variant is None or against is None:
+                ours = self.entry(one.comparison.variant, mode).contestant
+                other = self.entry(one.comparison.against, mode).contestant
+                if ours is None or other is None:
                     continue
                 self.report(f"round {number + 1}: {one.comparison.name}")
-                first, second = time_pair(variant, against, self.preset.device, swap=number % 2 == 0)
+                first, second = time_pair(ours, other, self.preset.device, swap=number % 2 == 0)
                 one.variant.append(first)
                 one.against.append(second)
         return samples
@@ -113,7 +118,8 @@ class CaseMeasurement:
             row |= {"status": other.status, "reason": f"{comparison.against.name}: {other.reason}"}
         if not samples.variant:
             return row
-        assert entry.contestant is not None and other.contestant is not None
+        assert entry.contestant is not None
+        assert other.contestant is not None
         ratio = spread([one / two for one, two in zip(samples.variant, samples.against, strict=True)])
         seconds, against = spread(samples.variant), spread(samples.against)
         return row | {

@@ -34,7 +34,7 @@ class Memory:
 def saved_bytes(variant: Variant, case: Case, device: str, dtype: torch.dtype) -> int:
     """Bytes that autograd saves in the forward, each storage once; inputs and parameters, alive anyway, excluded.
 
-    For ``nn.LSTM`` on a CPU this is 0: oneDNN's workspace is kept out of autograd's sight, so compare peaks.
+    Only what autograd itself holds is seen, so between libraries it is peaks that compare.
     """
     inputs = make_inputs(case, device, dtype)
     runnable = make_runnable(variant, case, inputs, "training")

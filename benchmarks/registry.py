@@ -278,7 +278,7 @@ class Preset:
     size: Size
     comparisons: tuple[Comparison, ...]
     dtypes: tuple[str, ...] = ("float32",)
-    seconds: float = 9.0
+    seconds: float = 7.0
     minimum_rounds: int = 3
     maximum_rounds: int = 31
     sample_seconds: float = 0.02

@@ -24,11 +24,10 @@ def heading(results: Results) -> str:
     """Where and when, in one line."""
     machine = results["machine"]
     commit = machine["commit"][:10] + ("-dirty" if machine["commit"].endswith("-dirty") else "")
-    threads = f", {machine['threads']} threads ({machine['instruction_set']})"
-    return (
-        f"{machine['device']}{threads if machine['device_type'] == 'cpu' else ''}, torch {machine['versions']['torch']}, "
-        f"commit {commit}, {machine['date'][:10]}."
-    )
+    device = str(machine["device"])
+    if machine["device_type"] == "cpu":
+        device += f", {machine['threads']} threads ({machine['instruction_set']})"
+    return f"{device}, torch {machine['versions']['torch']}, commit {commit}, {machine['date'][:10]}."
 
 
 def cases_markdown(results: Results) -> str:
@@ -74,7 +73,8 @@ def character_table(results: Results) -> tables.Table:
 def character_markdown(results: Results) -> str:
     """The table of a character-model run, and the sample of text."""
     verdict = "within" if results["within"] else "**not** within"
-    sentence = f"fusedreg's held-out bits per character are {verdict} {results['tolerance']:.0%} of `nn.LSTM`'s at the same budget."
+    tolerance = results["tolerance"]
+    sentence = f"fusedreg's held-out bits are {verdict} {tolerance:.0%} of `nn.LSTM`'s at the same budget."
     sample = "```\n" + results["sample"].strip() + "\n```"
     return "\n\n".join([heading(results), character_table(results).markdown(), sentence, sample])
 

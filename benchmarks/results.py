@@ -5,8 +5,9 @@ A file holds one run on one device::
     {"format": 1, "kind": "cases", "preset": ..., "machine": {...}, "rates": {"fma": {...}, "loop": [...]},
      "cases": [{"name", "source", "dtype", sizes, "checks", "comparisons": [...], "memory": {...}}], "targets": [...]}
 
-A comparison's ``status`` is ``ok``, ``wrong`` (its numbers failed the check: it has no times), ``unavailable`` or
-``impossible``, with a ``reason``. Ratios are times of ``variant`` over times of ``against``: below 1 is faster.
+A comparison's ``status`` is ``ok``, ``wrong`` (its numbers failed the check: it has no times), ``failed`` (it raised),
+``unavailable`` or ``impossible``, with a ``reason``. Ratios are times of ``variant`` over times of ``against``: below
+1 is faster.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-STATUSES = ("ok", "wrong", "unavailable", "impossible")
+STATUSES = ("ok", "wrong", "failed", "unavailable", "impossible")
 Results = dict[str, Any]
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.run --preset cpu --json benchmarks/results/cpu.json --plots build/plots
     python -m benchmarks.run --preset cpu-full --cases small,awd --base benchmarks/results/cpu-full.json
 
-Prints tables; the exit status is 1 where a case's numbers are wrong (it then has no speed), else 0. A missed target
-does not fail the run: it stands in the table.
+Prints tables. The exit status is 1 where a case's numbers are wrong or it failed (it then has no speed), else 0. A
+missed target does not fail the run: it stands in the table.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         for path in plot_ratios(found, options.plots):
             console.print(f"plot: {path}")
-    wrong = any(row["status"] == "wrong" for case in found["cases"] for row in case["comparisons"])
+    wrong = any(row["status"] in ("wrong", "failed") for case in found["cases"] for row in case["comparisons"])
     return int(wrong)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from benchmarks.results import Change, Results, find
 
@@ -22,11 +23,12 @@ class Table:
 
     def rich(self) -> RichTable:
         """For a terminal."""
-        table = RichTable(title=self.title, title_justify="left")
+        # Text, not strings: square brackets are quartiles here and not markup.
+        table = RichTable(title=Text(self.title), title_justify="left")
         for position, name in enumerate(self.header):
-            table.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
+            table.add_column(Text(name), justify="left" if position == 0 else "right", overflow="fold")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*(Text(cell) for cell in row))
         return table
 
     def markdown(self) -> str:
@@ -174,11 +176,16 @@ def change_table(changes: list[Change]) -> Table:
 
 
 def wrong_lines(results: Results) -> list[str]:
-    """Every comparison without a speed, with its reason."""
-    lines = []
+    """Every comparison without a speed, those with one reason together."""
+    groups: dict[str, dict[str, list[str]]] = {}
     for case in results["cases"]:
         for row in case["comparisons"]:
             if row["status"] != "ok":
                 name = f"{row['variant']} / {row['against']}, {row['mode']}"
-                lines.append(f"{case['name']}, {name}: {row['status']}: {row['reason']}")
+                named = groups.setdefault(f"{row['status']}: {row['reason']}", {}).setdefault(name, [])
+                named.append(case["name"])
+    lines = []
+    for reason, group in groups.items():
+        where = "; ".join(f"{name}: {', '.join(cases)}" for name, cases in group.items())
+        lines.append(f"{reason} ({where})")
     return lines

@@ -20,7 +20,7 @@ def time_once(work: Work, device: str, repeats: int = 1) -> float:
     kernel to the last, with launches overlapped as they are in use.
     """
     if torch.device(device).type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
         for _ in range(repeats):

@@ -17,7 +17,7 @@ from benchmarks.eager import EagerLSTM
 from benchmarks.registry import Case, Mode, Variant
 
 
-class Unavailable(Exception):
+class Unavailable(Exception):  # noqa: N818  (an outcome, not an error)
     """This variant cannot run here; the message says why."""
 
 
@@ -71,7 +71,8 @@ def make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int = 0) -> I
     return Inputs(values.to(device, dtype).requires_grad_(), grad_output.to(device, dtype), reset)
 
 
-def _fusedreg_class(name: str) -> Any:
+def fusedreg_class(name: str) -> Any:
+    """A public class of the package by name. Raises :class:`Unavailable` with the reason where there is none."""
     try:
         return getattr(importlib.import_module("fusedreg"), name)
     except (ImportError, AttributeError) as error:
@@ -82,9 +83,9 @@ def fusedreg_keywords(variant: Variant, case: Case) -> dict[str, Any]:
     """The keywords of ``fusedreg.LSTM`` for a variant."""
     keywords: dict[str, Any] = dict(variant.rates)
     if variant.norm == "batch":
-        keywords["norm"] = _fusedreg_class("BatchNorm")(max_steps=case.steps)
+        keywords["norm"] = fusedreg_class("BatchNorm")(max_steps=case.steps)
     elif variant.norm == "layer":
-        keywords["norm"] = _fusedreg_class("LayerNorm")()
+        keywords["norm"] = fusedreg_class("LayerNorm")()
     if variant.recompute:
         keywords["recompute"] = True
     return keywords
@@ -105,7 +106,7 @@ def make_module(variant: Variant, case: Case, *, backend: str | None = None) -> 
         keywords = fusedreg_keywords(variant, case)
         if backend is not None:
             keywords["backend"] = backend
-        module = _fusedreg_class("LSTM")(*sizes, bidirectional=case.bidirectional, **keywords)
+        module = fusedreg_class("LSTM")(*sizes, bidirectional=case.bidirectional, **keywords)
     else:
         rates: dict[str, Any] = dict(variant.rates)
         module = EagerLSTM(
