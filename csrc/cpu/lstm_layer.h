@@ -16,8 +16,11 @@ using RunTeam = void (*)(int asked, TeamBody body, void* context);
 void lstm_layer_forward(const ForwardParams& params, int threads, RunTeam run_team);
 void lstm_layer_backward(const BackwardParams& params, int threads, RunTeam run_team);
 
-// "avx512", "avx2" or "portable": what this processor supports, best first; all that this file was built with.
-const char* best_instruction_set();
+// The multiply-add rate of one thread in operations a second (two a multiply-add), for benchmarks: the kernels' roof.
+double measure_fma_rate(double seconds);
+
+// Of "avx512", "avx2" and "portable": those that were built and run on this processor, best first, comma-separated.
+std::string usable_instruction_sets();
 // For tests: use this instruction set from now on (process-wide). False where it cannot run here.
 bool set_instruction_set(const std::string& name);
 std::string get_instruction_set();

@@ -1,0 +1,239 @@
+// What follows the backward loop: the weights' gradients as one product over the steps, the inputs' likewise, column
+// sums for biases and gains. Each element is one worker's from the first addition to the last, in an order that does
+// not depend on who the worker is.
+#pragma once
+
+#include "gradient_context.h"
+#include "layer_norm_backward.h"
+
+namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE {
+
+template <class Storage>
+class AfterLoop {
+  using Compute = ComputeOf<Storage>;
+  using V = Vector<Compute>;
+  using Context = BackwardContext<Storage>;
+  static constexpr int width = kWidth<Compute>;
+  static constexpr int panel_width = width * kTileVectors;
+
+ public:
+  static void run_chunk(Context& context, const Share& share, int64_t first_step, int64_t last_step, bool is_first) {
+    const Plan<Storage>& plan = context.plan;
+    const int64_t pairs = plan.first[last_step] - plan.first[first_step];
+    int64_t first, last;
+    split(pairs, kTileRows, share.worker, share.workers, first, last);
+    if (context.wants_weight_ih || context.wants_weight_hh) {
+      if (!context.rebuilds) {
+        if (context.wants_weight_ih) gather_inputs(plan, context.masks.input, first_step, first, last, context.inputs);
+        if (context.wants_weight_hh) {
+          gather_hidden(plan, static_cast<const Storage*>(context.params.saved.hidden), context.masks.hidden,
+                        first_step, first, last, context.hidden_rows);
+        }
+        context.barrier.wait(share.workers);
+      }
+      pack_all_panels(context, share, pairs);
+      context.barrier.wait(share.workers);
+      weight_gradients(context, share, pairs, !is_first);
+    }
+    if (context.wants_input) input_gradient(context, share, first_step, first, last);
+    column_sums(context, share, first_step, pairs);
+  }
+
+  static void write_results(Context& context, const Share& share, bool no_steps) {
+    const Plan<Storage>& plan = context.plan;
+    const BackwardParams& params = context.params;
+    if (context.wants_weight_ih) {
+      write_weight(context, share, context.gradient_ih, plan.input_stride, plan.I, false, no_steps, params.grad_weight_ih);
+    }
+    if (context.wants_weight_hh) {
+      write_weight(context, share, context.gradient_hh, plan.hidden_stride, plan.H, plan.weight_dropout.drawn, no_steps,
+                   params.grad_weight_hh);
+    }
+    for (int64_t rank = share.worker; rank < plan.B; rank += share.workers) write_states(context, rank);
+    context.barrier.wait(share.workers);
+    if (share.worker != 0) return;
+    write_columns(context, context.gradient_bias, 4, params.grad_bias);
+    if (!plan.has_norm) return;
+    write_columns(context, context.gradient_input_gain, 4, params.grad_norm_input_weight);
+    write_columns(context, context.gradient_bias, 4, params.grad_norm_input_bias);
+    write_columns(context, context.gradient_recurrent_gain, 4, params.grad_norm_recurrent_weight);
+    write_columns(context, context.gradient_bias, 4, params.grad_norm_recurrent_bias);
+    write_columns(context, context.gradient_cell_gain, 1, params.grad_norm_cell_weight);
+    write_columns(context, context.gradient_cell_shift, 1, params.grad_norm_cell_bias);
+  }
+
+ private:
+  static void pack_all_panels(Context& context, const Share& share, int64_t pairs) {
+    const Plan<Storage>& plan = context.plan;
+    if (context.wants_weight_ih) {
+      pack_copies(share, context.inputs, plan.input_stride, context.input_copies(), pairs, plan.padded_input,
+                  context.input_panels);
+    }
+    if (context.wants_weight_hh) {
+      pack_copies(share, context.hidden_rows, plan.hidden_stride, context.hidden_copies(), pairs, plan.padded_hidden,
+                  context.hidden_panels);
+    }
+  }
+
+  static void pack_copies(const Share& share, const Compute* rows, int64_t stride, int copies, int64_t pairs,
+                          int64_t padded_columns, Compute* panels) {
+    const int64_t count = (padded_columns + panel_width - 1) / panel_width;
+    int64_t first, last;
+    split(count, 1, share.worker, share.workers, first, last);
+    for (int copy = 0; copy < copies; ++copy) {
+      pack_pair_panels<Compute>(rows + copy * stride, copies * stride, pairs, padded_columns, first, last,
+                                panels + copy * count * pairs * panel_width);
+    }
+  }
+
+  static void weight_gradients(const Context& context, const Share& share, int64_t pairs, bool accumulate) {
+    const Plan<Storage>& plan = context.plan;
+    int64_t first, last;
+    split(plan.H, kTileRows, share.worker, share.workers, first, last);
+    Compute* turned = context.room_of(share);
+    for (int gate = 0; gate < 4; ++gate) {
+      const int64_t at = gate * plan.padded_hidden;
+      if (context.wants_weight_hh) {
+        const int64_t copy = rounded_up(plan.padded_hidden, panel_width) * pairs;
+        weight_gradient<Compute>(context.grad_recurrent + at, plan.gate_stride,
+                                 context.hidden_panels + (plan.untied_hidden ? gate * copy : 0), pairs,
+                                 plan.padded_hidden, first, last, turned,
+                                 context.gradient_hh + at * plan.hidden_stride, plan.hidden_stride, accumulate);
+      }
+      if (context.wants_weight_ih) {
+        const int64_t copy = rounded_up(plan.padded_input, panel_width) * pairs;
+        weight_gradient<Compute>(context.grad_input_gates + at, plan.gate_stride,
+                                 context.input_panels + (plan.untied_input ? gate * copy : 0), pairs, plan.padded_input,
+                                 first, last, turned, context.gradient_ih + at * plan.input_stride, plan.input_stride,
+                                 accumulate);
+      }
+    }
+  }
+
+  // dx = m_x (dr W_ih), row by row of the caller's input.
+  static void input_gradient(const Context& context, const Share& share, int64_t first_step, int64_t first,
+                             int64_t last) {
+    const Plan<Storage>& plan = context.plan;
+    const int64_t depth = 4 * plan.padded_hidden;
+    int64_t* ranks = reinterpret_cast<int64_t*>(context.room_of(share));
+    Storage* grad_input = static_cast<Storage*>(context.params.grad_input);
+    for (int64_t begin = 0; begin < plan.padded_input; begin += panel_width) {
+      const Compute* panel = context.packed_ih + begin * depth;
+      const int vectors = static_cast<int>(smaller(kTileVectors, (plan.padded_input - begin) / width));
+      for_each_tile(last - first, [&](int64_t offset, int rows) {
+        Compute sum[kTileRows * panel_width];
+        Storage* to[kTileRows];
+        for_each_pair(plan, first_step, first + offset, first + offset + rows, [&](int64_t pair, int64_t rank, int64_t s) {
+          const int64_t m = pair - first - offset;
+          ranks[m] = rank;
+          to[m] = grad_input + (plan.position(rank, s) * plan.B + plan.order[rank]) * plan.I;
+        });
+        const Compute* dr = context.grad_input_gates + (first + offset) * plan.gate_stride;
+        if (!plan.untied_input) {
+          column_tile<Compute>(rows, vectors, dr, plan.gate_stride, panel, plan.padded_hidden, sum);
+        } else {
+          Compute part[kTileRows * panel_width];
+          for (int gate = 0; gate < 4; ++gate) {
+            gate_column_tile<Compute>(gate, rows, vectors, dr, plan.gate_stride, panel, plan.padded_hidden, part);
+            for (int m = 0; m < rows; ++m) {
+              const Compute* mask = context.masks.input + (ranks[m] * 4 + gate) * plan.padded_input + begin;
+              for (int v = 0; v < vectors; ++v) {
+                const int64_t at = m * panel_width + v * width;
+                const V share_of_gate = load<Compute>(part + at) * load<Compute>(mask + v * width);
+                store<Compute>(sum + at, gate == 0 ? share_of_gate : load<Compute>(sum + at) + share_of_gate);
+              }
+            }
+          }
+        }
+        for (int m = 0; m < rows; ++m) {
+          for (int v = 0; v < vectors; ++v) {
+            const int64_t column = begin + v * width;
+            V grad = load<Compute>(sum + m * panel_width + v * width);
+            if (context.masks.input != nullptr && !plan.untied_input) {
+              grad *= load<Compute>(context.masks.input + ranks[m] * plan.padded_input + column);
+            }
+            store_some(to[m] + column, grad, static_cast<int>(smaller(width, plan.I - column)));
+          }
+        }
+      });
+    }
+  }
+
+  static void column_sums(const Context& context, const Share& share, int64_t first_step, int64_t pairs) {
+    const Plan<Storage>& plan = context.plan;
+    int64_t first, last;
+    split(plan.padded_hidden, width, share.worker, share.workers, first, last);
+    for (int64_t unit = first; unit < last; unit += width) {
+      if (context.wants_bias) {
+        for (int gate = 0; gate < 4; ++gate) {
+          const int64_t at = gate * plan.padded_hidden + unit;
+          V sum = load<Compute>(context.gradient_bias + at);
+          for (int64_t pair = 0; pair < pairs; ++pair) {
+            sum += load<Compute>(context.grad_gates + pair * plan.gate_stride + at);
+          }
+          store<Compute>(context.gradient_bias + at, sum);
+        }
+      }
+      if (plan.in.options.norm == NormKind::Layer) layer_norm_column_sums(context, unit, first_step, pairs);
+    }
+  }
+
+  static void write_weight(const Context& context, const Share& share, const Compute* gradient, int64_t stride,
+                           int64_t columns, bool dropped, bool no_steps, void* result) {
+    const Plan<Storage>& plan = context.plan;
+    Compute* mask = context.room_of(share);
+    int64_t first, last;
+    split(plan.H, kTileRows, share.worker, share.workers, first, last);
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      for (int64_t unit = first; unit < last; ++unit) {
+        const int64_t row = gate * plan.H + unit;
+        if (dropped) {
+          fill_weight_mask<Compute>(plan.weight_dropout, plan.key, plan.in.options.weight_mask_row, row, columns, mask);
+        }
+        const Compute* from = gradient + (gate * plan.padded_hidden + unit) * stride;
+        Storage* to = static_cast<Storage*>(result) + row * columns;
+        for (int64_t column = 0; column < columns; column += width) {
+          V value = no_steps ? V{} : load<Compute>(from + column);
+          if (dropped) value *= load<Compute>(mask + column);
+          store_some(to + column, value, static_cast<int>(smaller(width, columns - column)));
+        }
+      }
+    }
+  }
+
+  // The gradients of the initial states, and zeros for the inputs' padding.
+  static void write_states(const Context& context, int64_t rank) {
+    const Plan<Storage>& plan = context.plan;
+    const BackwardParams& params = context.params;
+    const int64_t b = plan.order[rank];
+    for (int64_t unit = 0; unit < plan.H; unit += width) {
+      const int64_t from = rank * plan.hidden_stride + unit, to = b * plan.H + unit;
+      if (params.grad_initial_hidden != nullptr) {
+        store_some(static_cast<Storage*>(params.grad_initial_hidden) + to, load<Compute>(context.grad_hidden_state + from),
+                   context.units_at(unit));
+      }
+      if (params.grad_initial_cell != nullptr) {
+        store_some(static_cast<Compute*>(params.grad_initial_cell) + to, load<Compute>(context.grad_cell_state + from),
+                   context.units_at(unit));
+      }
+    }
+    if (!context.wants_input) return;
+    for (int64_t t = plan.length[rank]; t < plan.T; ++t) {
+      __builtin_memset(static_cast<Storage*>(params.grad_input) + (t * plan.B + b) * plan.I, 0,
+                       static_cast<size_t>(plan.I) * sizeof(Storage));
+    }
+  }
+
+  static void write_columns(const Context& context, const Compute* sums, int64_t gates, void* result) {
+    if (result == nullptr) return;
+    const Plan<Storage>& plan = context.plan;
+    for (int64_t gate = 0; gate < gates; ++gate) {
+      for (int64_t unit = 0; unit < plan.H; unit += width) {
+        store_some(static_cast<Storage*>(result) + gate * plan.H + unit,
+                   load<Compute>(sums + gate * plan.padded_hidden + unit), context.units_at(unit));
+      }
+    }
+  }
+};
+
+}  // namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE

@@ -1,0 +1,224 @@
+// The buffers of one backward call, one row of the batch at one step on the way back, and the cell's backward.
+#pragma once
+
+#include "context.h"
+#include "moments.h"
+
+namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE {
+
+template <class Storage>
+struct GradientRow {
+  using Compute = ComputeOf<Storage>;
+  int64_t rank, b, t;
+  bool reset;  // the step began from zero
+  // What the forward kept, or the rebuilt scratch rows: i, f, g, o activated; with a norm a, and r.
+  const Storage* saved_gates;
+  const Storage* saved_input_gates;
+  const Compute* rebuilt_gates;
+  const Compute* rebuilt_input_gates;
+  const Compute* previous_cell;  // null: 0
+  const Storage* grad_output;    // null: 0
+  const Compute* grad_cell;      // null: 0
+  Compute* grad_hidden_state;    // of h_s, from the steps after
+  Compute* grad_cell_state;      // of c_s
+  Compute* grad_direct;          // zoneout's share of h_{s-1}'s
+  // [gate][unit] of z; of a and of r, which are z's own where that norm is off.
+  Compute* grad_gates;
+  Compute* grad_recurrent;
+  Compute* grad_input_gates;
+  Compute* cell_terms;  // layer norm: [gradient of N_c's result, the same times its normalised input][unit]
+};
+
+// One vector of units of a cell, on its way back.
+template <class Compute>
+struct CellTrace {
+  Gates<Vector<Compute>> gates;
+  Vector<Compute> previous_cell, update, cell_mask;
+  Vector<Compute> candidate;
+  Vector<Compute> normalised;       // (candidate - mean) / deviation
+  Vector<Compute> grad_normalised;  // of tanh's argument
+  Vector<Compute> grad_output_gate;
+  Vector<Compute> grad_candidate;      // zoneout's part; tanh's comes through N_c
+  Vector<Compute> grad_previous_cell;  // zoneout's part
+};
+
+template <class Storage>
+struct BackwardContext {
+  using Compute = ComputeOf<Storage>;
+  using V = Vector<Compute>;
+  static constexpr int width = kWidth<Compute>;
+  static constexpr int panel_width = width * kTileVectors;
+
+  const BackwardParams& params;
+  Plan<Storage> plan;
+  MaskTables<Storage> masks;
+  NormTables<Storage> norm;
+  Barrier barrier;
+  bool rebuilds;  // the gates were not kept
+  bool wants_weight_ih, wants_weight_hh, wants_input, wants_bias;
+
+  Compute* packed_ih = nullptr;       // column panels
+  Compute* packed_hh = nullptr;
+  Compute* packed_gates_ih = nullptr; // gate panels, to rebuild with
+  Compute* packed_gates_hh = nullptr;
+  Compute* bias = nullptr;
+  Compute* inputs = nullptr;        // the chunk's x
+  Compute* hidden_rows = nullptr;   // the chunk's h_{s-1}
+  Compute* input_panels = nullptr;  // the same as right sides of the weights' gradients
+  Compute* hidden_panels = nullptr;
+  Compute* rebuilt_gates = nullptr;
+  Compute* rebuilt_input_gates = nullptr;
+  Compute* grad_gates = nullptr;
+  Compute* grad_recurrent = nullptr;
+  Compute* grad_input_gates = nullptr;
+  Compute* cell_terms = nullptr;
+  Compute* grad_hidden_state = nullptr;
+  Compute* grad_cell_state = nullptr;
+  Compute* grad_direct = nullptr;
+  Compute* gradient_ih = nullptr;  // [gate][padded unit][column], accumulated over the chunks
+  Compute* gradient_hh = nullptr;
+  Compute* gradient_bias = nullptr;  // [gate][padded unit], and so the norms'
+  Compute* gradient_input_gain = nullptr;
+  Compute* gradient_recurrent_gain = nullptr;
+  Compute* gradient_cell_gain = nullptr;
+  Compute* gradient_cell_shift = nullptr;
+  Compute* worker_room = nullptr;
+  int64_t worker_room_size = 0;
+  GradientRow<Storage>* worker_rows = nullptr;
+
+  BackwardContext(const BackwardParams& given, int threads) : params(given), plan(given.in, threads) {
+    rebuilds = plan.in.options.save == Save::Recompute;
+    wants_weight_ih = given.grad_weight_ih != nullptr;
+    wants_weight_hh = given.grad_weight_hh != nullptr;
+    wants_input = given.grad_input != nullptr;
+    wants_bias = given.grad_bias != nullptr || given.grad_norm_input_bias != nullptr ||
+                 given.grad_norm_recurrent_bias != nullptr;
+    const int64_t pack_room = (width + 2) * rounded_up(larger(plan.I, plan.H), panel_width);
+    const int64_t turned = plan.largest_chunk * kTileRows;
+    const int64_t trace = static_cast<int64_t>(sizeof(CellTrace<Compute>) / sizeof(Compute));
+    const int64_t norm_room = plan.in.options.norm == NormKind::Batch   ? plan.B * trace
+                              : plan.in.options.norm == NormKind::Layer ? plan.padded_hidden / width * trace
+                                                                        : 0;
+    worker_room_size = rounded_up(
+        larger(larger(larger(pack_room, turned), norm_room), 4 * plan.padded_hidden), kWidth<float>);
+  }
+
+  int input_copies() const { return plan.untied_input ? 4 : 1; }
+  int hidden_copies() const { return plan.untied_hidden ? 4 : 1; }
+
+  void take(Arena& arena) {
+    plan.take_tables(arena);
+    masks.take(plan, arena);
+    norm.take(plan, arena);
+    const int64_t gates = 4 * plan.padded_hidden, chunk = plan.largest_chunk;
+    packed_hh = arena.take<Compute>((plan.padded_hidden + plan.asked * panel_width) * gates);
+    if (wants_input) packed_ih = arena.take<Compute>(rounded_up(plan.I, panel_width) * gates);
+    bias = arena.take<Compute>(gates);
+    if (rebuilds) {
+      packed_gates_ih = arena.take<Compute>(gates * plan.I);
+      packed_gates_hh = arena.take<Compute>(gates * plan.H);
+      rebuilt_gates = arena.take<Compute>(chunk * plan.gate_stride);
+      if (plan.has_norm) rebuilt_input_gates = arena.take<Compute>(chunk * plan.gate_stride);
+    }
+    if (rebuilds || wants_weight_ih) inputs = arena.take<Compute>(chunk * plan.input_stride * input_copies());
+    if (rebuilds || wants_weight_hh) hidden_rows = arena.take<Compute>(chunk * plan.hidden_stride * hidden_copies());
+    if (wants_weight_ih) {
+      input_panels = arena.take<Compute>(chunk * rounded_up(plan.I, panel_width) * input_copies());
+      gradient_ih = arena.take<Compute>(gates * plan.input_stride);
+    }
+    if (wants_weight_hh) {
+      hidden_panels = arena.take<Compute>(chunk * rounded_up(plan.H, panel_width) * hidden_copies());
+      gradient_hh = arena.take<Compute>(gates * plan.hidden_stride);
+    }
+    grad_gates = arena.take<Compute>(chunk * plan.gate_stride);
+    grad_recurrent = plan.in.options.norm_recurrent ? arena.take<Compute>(chunk * plan.gate_stride) : grad_gates;
+    grad_input_gates = plan.in.options.norm_input ? arena.take<Compute>(chunk * plan.gate_stride) : grad_gates;
+    if (plan.in.options.norm == NormKind::Layer) cell_terms = arena.take<Compute>(chunk * 2 * plan.padded_hidden);
+    grad_hidden_state = arena.take<Compute>(plan.B * plan.hidden_stride);
+    grad_cell_state = arena.take<Compute>(plan.B * plan.hidden_stride);
+    if (plan.zones_hidden()) grad_direct = arena.take<Compute>(plan.B * plan.hidden_stride);
+    gradient_bias = arena.take<Compute>(gates);
+    if (plan.has_norm) {
+      gradient_input_gain = arena.take<Compute>(gates);
+      gradient_recurrent_gain = arena.take<Compute>(gates);
+      gradient_cell_gain = arena.take<Compute>(plan.padded_hidden);
+      gradient_cell_shift = arena.take<Compute>(plan.padded_hidden);
+    }
+    worker_room = arena.take<Compute>(worker_room_size * plan.asked);
+    worker_rows = arena.take<GradientRow<Storage>>(plan.B * plan.asked);
+  }
+
+  Compute* room_of(const Share& share) const { return worker_room + worker_room_size * share.worker; }
+  int units_at(int64_t unit) const { return static_cast<int>(smaller(width, plan.H - unit)); }
+
+  // One vector of what the forward kept of one gate: activated, or raw where there is a norm.
+  FUSEDREG_METHOD V kept(const GradientRow<Storage>& row, int gate, int64_t unit) const {
+    if (row.rebuilt_gates != nullptr) return load<Compute>(row.rebuilt_gates + gate * plan.padded_hidden + unit);
+    return load_some(row.saved_gates + gate * plan.H + unit, units_at(unit));
+  }
+  FUSEDREG_METHOD V kept_input(const GradientRow<Storage>& row, int gate, int64_t unit) const {
+    if (row.rebuilt_input_gates != nullptr) {
+      return load<Compute>(row.rebuilt_input_gates + gate * plan.padded_hidden + unit);
+    }
+    return load_some(row.saved_input_gates + gate * plan.H + unit, units_at(unit));
+  }
+
+  // From the gates and what reaches h_s, c_s and y, through zoneout, to the edge of N_c: the first half on the way
+  // back. `mean`, `scale`, `gain` and `shift` are N_c's; without it 0, 1, 1 and 0.
+  FUSEDREG_METHOD CellTrace<Compute> enter_cell(const GradientRow<Storage>& row, int64_t unit,
+                                                const Gates<V>& gates) const {
+    const int count = units_at(unit);
+    CellTrace<Compute> trace;
+    trace.gates = gates;
+    trace.previous_cell = row.previous_cell == nullptr ? V{} : load_some(row.previous_cell + unit, count);
+    const StepMasks<Compute> step = step_masks(plan, masks, row.rank, row.b, row.t, unit);
+    trace.update = step.update;
+    trace.cell_mask = step.cell;
+    trace.candidate = candidate_cell(gates, trace.previous_cell, step.update, step.cell);
+    V grad_hidden = load<Compute>(row.grad_hidden_state + unit);
+    V grad_cell = load<Compute>(row.grad_cell_state + unit);
+    if (row.grad_cell != nullptr) grad_cell += load_some(row.grad_cell + unit, count);
+    V grad_candidate{};  // of h_candidate
+    if (row.grad_output != nullptr) {
+      const V grad = load_some(row.grad_output + unit, count) * step.output;
+      (plan.in.options.zoneout_candidate ? grad_candidate : grad_hidden) += grad;
+    }
+    if (plan.zones_hidden()) {
+      store<Compute>(row.grad_direct + unit, step.zone_hidden * grad_hidden);
+      grad_hidden *= 1 - step.zone_hidden;
+    }
+    trace.grad_normalised = grad_candidate + grad_hidden;  // of h_candidate still; leave_output makes it tanh's
+    trace.grad_previous_cell = V{};
+    if (plan.zones_cell()) {
+      trace.grad_previous_cell = step.zone_cell * grad_cell;
+      grad_cell *= 1 - step.zone_cell;
+    }
+    trace.grad_candidate = grad_cell;
+    return trace;
+  }
+
+  // Through h_candidate = o tanh(argument).
+  FUSEDREG_METHOD void leave_output(CellTrace<Compute>& trace, V argument) const {
+    const V grad_hidden_candidate = trace.grad_normalised;
+    const V squashed = tanh(argument);
+    trace.grad_output_gate = grad_hidden_candidate * squashed;
+    trace.grad_normalised = grad_hidden_candidate * trace.gates.o * (1 - squashed * squashed);
+  }
+
+  // The second half: from the candidate cell to the pre-activations and c_{s-1}. Returns dz.
+  FUSEDREG_METHOD Gates<V> leave_cell(const GradientRow<Storage>& row, int64_t unit, const CellTrace<Compute>& trace,
+                                      V grad_candidate) const {
+    const CellGradients<V> gradients = candidate_cell_backward(trace.gates, trace.previous_cell, trace.update,
+                                                               trace.cell_mask, grad_candidate, trace.grad_output_gate);
+    const V previous = gradients.previous_cell + trace.grad_previous_cell;
+    store<Compute>(row.grad_cell_state + unit, row.reset ? V{} : previous);
+    const int64_t padded = plan.padded_hidden;
+    store<Compute>(row.grad_gates + unit, gradients.pre_activations.i);
+    store<Compute>(row.grad_gates + padded + unit, gradients.pre_activations.f);
+    store<Compute>(row.grad_gates + 2 * padded + unit, gradients.pre_activations.g);
+    store<Compute>(row.grad_gates + 3 * padded + unit, gradients.pre_activations.o);
+    return gradients.pre_activations;
+  }
+};
+
+}  // namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE

@@ -1,0 +1,126 @@
+// The regularisers' masks, a vector of them at a time, from the counter contract.
+#pragma once
+
+#include "simd.h"
+
+namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE {
+
+// A rate as the kernels use it. In evaluation nothing is drawn and every mask is `expectation`.
+template <class Compute>
+struct Site {
+  bool drawn = false;      // a mask is drawn
+  uint32_t threshold = 0;  // dropped, or zoned out, below this
+  Compute kept = 1;        // what a kept element is multiplied with
+  Compute dropped = 0;     // and a dropped one
+  Compute expectation = 1; // and every element, where nothing is drawn
+
+  bool active() const { return drawn || expectation != Compute(1); }
+};
+
+// Inverted dropout: kept elements are scaled in training, nothing happens in evaluation.
+template <class Compute>
+FUSEDREG_INLINE Site<Compute> dropout_site(double rate, bool training) {
+  Site<Compute> site;
+  site.drawn = training && rate > 0;
+  site.threshold = drop_threshold(rate);
+  site.kept = static_cast<Compute>(1.0 / (1.0 - rate));
+  return site;
+}
+
+// RNNDrop: not inverted; in evaluation the expectation, 1 - p.
+template <class Compute>
+FUSEDREG_INLINE Site<Compute> cell_dropout_site(double rate, bool training) {
+  Site<Compute> site;
+  site.drawn = training && rate > 0;
+  site.threshold = drop_threshold(rate);
+  if (!training) site.expectation = static_cast<Compute>(1.0 - rate);
+  return site;
+}
+
+// Zoneout: the mask is zeta, 1 where the previous state is kept; in evaluation the expectation, p.
+template <class Compute>
+FUSEDREG_INLINE Site<Compute> zoneout_site(double rate, bool training) {
+  Site<Compute> site;
+  site.drawn = training && rate > 0;
+  site.threshold = drop_threshold(rate);
+  site.kept = 0;
+  site.dropped = 1;
+  site.expectation = training ? Compute(0) : static_cast<Compute>(rate);
+  return site;
+}
+
+struct MaskKey {
+  uint32_t low = 0, high = 0;  // the seed
+  uint32_t layer_direction = 0;
+};
+
+template <class Compute>
+FUSEDREG_INLINE Vector<Compute> mask_of(const Site<Compute>& site, Words<Compute> words) {
+  using Integers = typename VectorTypes<Compute>::Integers;
+  const auto below = words < site.threshold;
+  const Integers dropped = __builtin_convertvector(below, Integers);
+  return dropped ? broadcast<Compute>(site.dropped) : broadcast<Compute>(site.kept);
+}
+
+template <class Compute>
+FUSEDREG_INLINE Words<Compute> consecutive(uint32_t first) {
+  Words<Compute> words;
+  for (int lane = 0; lane < kWidth<Compute>; ++lane) words[lane] = first + static_cast<uint32_t>(lane);
+  return words;
+}
+
+// Four vectors of words at the counters (c0, c1, c2, layer and direction).
+template <class Compute>
+struct DrawnWords {
+  Words<Compute> word[4];
+};
+
+template <class Compute>
+static __attribute__((noinline)) DrawnWords<Compute> draw_words(const MaskKey& key, Words<Compute> c0, uint32_t c1,
+                                                                uint32_t c2) {
+  using Word = VectorWord<Words<Compute>>;
+  const Words<Compute> zero{};
+  const PhiloxWords<Word> drawn = philox4x32_10<Word>({c0}, {zero + c1}, {zero + c2}, {zero + key.layer_direction},
+                                                      key.low, key.high);
+  return {{drawn.word[0].words, drawn.word[1].words, drawn.word[2].words, drawn.word[3].words}};
+}
+
+// The four words of `unit` ... `unit + width - 1` in row b of a family (c2: the step t, or the family's constant).
+template <class Compute>
+FUSEDREG_INLINE DrawnWords<Compute> words_of_units(const MaskKey& key, int64_t unit, int64_t b, uint32_t c2) {
+  return draw_words<Compute>(key, consecutive<Compute>(static_cast<uint32_t>(unit)), static_cast<uint32_t>(b), c2);
+}
+
+// Fills `to[0 ... padded)` with one site's mask over a whole sequence, or with its expectation.
+template <class Compute>
+static void fill_sequence_mask(const Site<Compute>& site, const MaskKey& key, uint32_t family, int word, int64_t b,
+                               int64_t padded, Compute* to) {
+  for (int64_t unit = 0; unit < padded; unit += kWidth<Compute>) {
+    const Vector<Compute> mask =
+        site.drawn ? mask_of<Compute>(site, words_of_units<Compute>(key, unit, b, family).word[word])
+                   : broadcast<Compute>(site.expectation);
+    store<Compute>(to + unit, mask);
+  }
+}
+
+// Weight dropout's mask of columns 0 ... columns - 1 of one row of a 4H weight; `to` has room for 4 vectors more.
+template <class Compute>
+static void fill_weight_mask(const Site<Compute>& site, const MaskKey& key, bool by_row, int64_t row, int64_t columns,
+                             Compute* to) {
+  if (by_row) {
+    const Vector<Compute> mask = mask_of<Compute>(
+        site, draw_words<Compute>(key, Words<Compute>{}, static_cast<uint32_t>(row), kWeightFamily).word[0]);
+    for (int64_t column = 0; column < columns; column += kWidth<Compute>) store<Compute>(to + column, mask);
+    return;
+  }
+  for (int64_t column = 0; column < columns; column += 4 * kWidth<Compute>) {
+    const DrawnWords<Compute> words = words_of_units<Compute>(key, column / 4, row, kWeightFamily);
+    Compute part[4][kWidth<Compute>];
+    for (int word = 0; word < 4; ++word) store<Compute>(part[word], mask_of<Compute>(site, words.word[word]));
+    for (int lane = 0; lane < kWidth<Compute>; ++lane) {
+      for (int word = 0; word < 4; ++word) to[column + 4 * lane + word] = part[word][lane];
+    }
+  }
+}
+
+}  // namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE

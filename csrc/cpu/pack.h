@@ -1,0 +1,135 @@
+// Weights and sequences rearranged for the micro-kernel, with their masks applied on the way.
+#pragma once
+
+#include "plan.h"
+#include "tile.h"
+
+namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE {
+
+// A weight (4H, columns) as the right side of x W^T or h W^T. Panel n holds units n * width ... of all four gates:
+// [column][gate][unit]. A unit's gates come out of the micro-kernel side by side.
+template <class Storage>
+static void pack_gate_panels(const Plan<Storage>& plan, const Storage* weight, int64_t columns, bool dropped,
+                             int64_t first_unit, int64_t last_unit, ComputeOf<Storage>* rows,
+                             ComputeOf<Storage>* to) {
+  using Compute = ComputeOf<Storage>;
+  constexpr int width = kWidth<Compute>;
+  const int64_t row_stride = rounded_up(columns, 4 * width);
+  Compute* mask = rows + width * row_stride;
+  for (int64_t unit = first_unit; unit < last_unit; unit += width) {
+    Compute* panel = to + unit * 4 * columns;
+    for (int gate = 0; gate < 4; ++gate) {
+      const Compute* lane_rows[width];
+      if (sizeof(Storage) == sizeof(Compute) && !dropped && unit + width <= plan.H) {
+        // The weight itself is what is wanted, row by row.
+        for (int lane = 0; lane < width; ++lane) {
+          lane_rows[lane] = reinterpret_cast<const Compute*>(weight + (gate * plan.H + unit + lane) * columns);
+        }
+      } else {
+        for (int lane = 0; lane < width; ++lane) {
+          Compute* row = rows + lane * row_stride;
+          lane_rows[lane] = row;
+          if (unit + lane >= plan.H) {
+            for (int64_t k = 0; k < columns; ++k) row[k] = 0;
+            continue;
+          }
+          const int64_t gate_row = gate * plan.H + unit + lane;
+          if (dropped) {
+            fill_weight_mask<Compute>(plan.weight_dropout, plan.key, plan.in.options.weight_mask_row, gate_row, columns,
+                                      mask);
+          }
+          const Storage* from = weight + gate_row * columns;
+          for (int64_t k = 0; k < columns; k += width) {
+            const Vector<Compute> value = load_some(from + k, static_cast<int>(smaller(width, columns - k)));
+            store<Compute>(row + k, dropped ? value * load<Compute>(mask + k) : value);
+          }
+        }
+      }
+      Compute* out = panel + gate * width;
+      for (int64_t k = 0; k < columns; ++k) {
+        for (int lane = 0; lane < width; ++lane) out[k * 4 * width + lane] = lane_rows[lane][k];
+      }
+    }
+  }
+}
+
+// A weight (4H, columns) as the right side of dz W: the sum runs over its rows. Panels of four vectors of columns,
+// from `first_column` on: [gate, unit][column]. Units are padded as they are in scratch rows.
+template <class Storage>
+static void pack_column_panels(const Plan<Storage>& plan, const Storage* weight, int64_t columns, bool dropped,
+                               int64_t first_column, int64_t last_column, int64_t first_panel, int64_t last_panel,
+                               ComputeOf<Storage>* mask, ComputeOf<Storage>* to) {
+  using Compute = ComputeOf<Storage>;
+  constexpr int width = kWidth<Compute>;
+  constexpr int panel_width = width * kTileVectors;
+  const int64_t depth = 4 * plan.padded_hidden;
+  for (int64_t row = 0; row < depth; ++row) {
+    const int64_t gate = row / plan.padded_hidden, unit = row % plan.padded_hidden;
+    const int64_t gate_row = gate * plan.H + unit;
+    const bool real = unit < plan.H;
+    if (dropped && real) {
+      fill_weight_mask<Compute>(plan.weight_dropout, plan.key, plan.in.options.weight_mask_row, gate_row, columns,
+                                mask);
+    }
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      Compute* out = to + (panel * depth + row) * panel_width;
+      const int64_t begin = first_column + panel * panel_width;
+      for (int v = 0; v < kTileVectors; ++v) {
+        const int64_t column = begin + v * width;
+        const int64_t limit = smaller(last_column, columns);
+        Vector<Compute> value{};
+        if (real && column < limit) {
+          value = load_some(weight + gate_row * columns + column, static_cast<int>(smaller(width, limit - column)));
+          if (dropped) value *= load<Compute>(mask + column);
+        }
+        store<Compute>(out + v * width, value);
+      }
+    }
+  }
+}
+
+// Copies one row of a sequence into scratch, times a mask where there is one; `padded` values, 0 past `count`.
+template <class Storage>
+FUSEDREG_INLINE void copy_row(const Storage* from, const ComputeOf<Storage>* mask, int64_t count, int64_t padded,
+                              ComputeOf<Storage>* to) {
+  using Compute = ComputeOf<Storage>;
+  constexpr int width = kWidth<Compute>;
+  for (int64_t k = 0; k < padded; k += width) {
+    Vector<Compute> value{};
+    if (from != nullptr && k < count) value = load_some(from + k, static_cast<int>(smaller(width, count - k)));
+    if (mask != nullptr) value *= load<Compute>(mask + k);
+    store<Compute>(to + k, value);
+  }
+}
+
+// Where the row that belongs to a (step, rank) pair stands; null reads as zeros.
+template <class Storage>
+FUSEDREG_INLINE const Storage* input_row(const Plan<Storage>& plan, int64_t rank, int64_t s) {
+  return static_cast<const Storage*>(plan.in.input) + plan.position(rank, s) * plan.in.input_step_stride +
+         plan.order[rank] * plan.in.input_row_stride;
+}
+
+template <class Storage>
+FUSEDREG_INLINE const Storage* previous_hidden_row(const Plan<Storage>& plan, const Storage* hidden, int64_t rank,
+                                                   int64_t s) {
+  if (plan.reset_at(rank, s)) return nullptr;
+  const int64_t b = plan.order[rank];
+  if (s > 0) return hidden + (plan.position(rank, s - 1) * plan.B + b) * plan.H;
+  const Storage* initial = static_cast<const Storage*>(plan.in.initial_hidden);
+  return initial == nullptr ? nullptr : initial + b * plan.H;
+}
+
+// Calls body(pair, rank, s) for the pairs first ... last - 1 of the chunk of steps that begins at `first_step`.
+template <class Storage, class Body>
+FUSEDREG_INLINE void for_each_pair(const Plan<Storage>& plan, int64_t first_step, int64_t first, int64_t last,
+                                   const Body& body) {
+  int64_t s = first_step;
+  const int64_t origin = plan.first[first_step];
+  while (plan.first[s + 1] - origin <= first && s + 1 < plan.T) ++s;
+  for (int64_t pair = first; pair < last; ++pair) {
+    while (plan.first[s + 1] - origin <= pair) ++s;
+    body(pair, pair - (plan.first[s] - origin), s);
+  }
+}
+
+}  // namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE

@@ -1,0 +1,132 @@
+// The products outside the loop: input and rebuilt recurrent pre-activations, weight gradients, input gradients.
+#pragma once
+
+#include "pack.h"
+
+namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE {
+
+// out[pair][gate][unit] (+)= left[pair] . panel, for pairs and units in the given ranges.
+template <class Compute>
+static void gate_product(const Compute* left, int64_t left_stride, int64_t copy_stride, int64_t depth,
+                         const Compute* panels, int64_t first_unit, int64_t last_unit, int64_t first_pair,
+                         int64_t last_pair, int64_t padded_hidden, Compute* out, int64_t out_stride, bool accumulate) {
+  constexpr int width = kWidth<Compute>;
+  for (int64_t unit = first_unit; unit < last_unit; unit += width) {
+    for_each_tile(last_pair - first_pair, [&](int64_t row, int rows) {
+      const int64_t pair = first_pair + row;
+      multiply_tile<Compute>(rows, kTileVectors,
+                             {left + pair * left_stride, left_stride, 1, copy_stride, panels + unit * 4 * depth,
+                              4 * width, depth, out + pair * out_stride + unit, out_stride, padded_hidden, accumulate});
+    });
+  }
+}
+
+// The chunk's inputs as scratch rows, masked; four copies a row where the gates' masks are untied.
+template <class Storage>
+static void gather_inputs(const Plan<Storage>& plan, const ComputeOf<Storage>* masks, int64_t first_step, int64_t first,
+                          int64_t last, ComputeOf<Storage>* to) {
+  const int copies = plan.untied_input ? 4 : 1;
+  const int64_t mask_stride = copies * plan.padded_input;
+  const int64_t stride = copies * plan.input_stride;
+  for_each_pair(plan, first_step, first, last, [&](int64_t pair, int64_t rank, int64_t s) {
+    const Storage* from = input_row(plan, rank, s);
+    for (int copy = 0; copy < copies; ++copy) {
+      const ComputeOf<Storage>* mask =
+          plan.input_dropout.drawn ? masks + rank * mask_stride + copy * plan.padded_input : nullptr;
+      copy_row(from, mask, plan.I, plan.padded_input, to + pair * stride + copy * plan.input_stride);
+    }
+  });
+}
+
+// The chunk's h_{s-1} as scratch rows, masked the same way.
+template <class Storage>
+static void gather_hidden(const Plan<Storage>& plan, const Storage* hidden, const ComputeOf<Storage>* masks,
+                          int64_t first_step, int64_t first, int64_t last, ComputeOf<Storage>* to) {
+  const int copies = plan.untied_hidden ? 4 : 1;
+  const int64_t stride = copies * plan.hidden_stride;
+  for_each_pair(plan, first_step, first, last, [&](int64_t pair, int64_t rank, int64_t s) {
+    const Storage* from = previous_hidden_row(plan, hidden, rank, s);
+    for (int copy = 0; copy < copies; ++copy) {
+      const ComputeOf<Storage>* mask =
+          plan.hidden_dropout.drawn ? masks + (rank * copies + copy) * plan.padded_hidden : nullptr;
+      copy_row(from, mask, plan.H, plan.padded_hidden, to + pair * stride + copy * plan.hidden_stride);
+    }
+  });
+}
+
+// Scratch rows (pairs, columns) as the right side of a product that sums over the pairs: panels of four vectors.
+template <class Compute>
+static void pack_pair_panels(const Compute* rows, int64_t row_stride, int64_t pairs, int64_t padded_columns,
+                             int64_t first_panel, int64_t last_panel, Compute* to) {
+  constexpr int width = kWidth<Compute>;
+  constexpr int panel_width = width * kTileVectors;
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    Compute* out = to + panel * pairs * panel_width;
+    const int64_t begin = panel * panel_width;
+    const int vectors = static_cast<int>(smaller(kTileVectors, (padded_columns - begin) / width));
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const Compute* from = rows + pair * row_stride + begin;
+      for (int v = 0; v < vectors; ++v) store<Compute>(out + pair * panel_width + v * width, load<Compute>(from + v * width));
+    }
+  }
+}
+
+// gradient[gate][unit][column] += sum over pairs of dz[pair][gate][unit] * right[pair][column], for one gate and a
+// range of units. `left` is room for one tile of dz, turned so that its pairs run last.
+template <class Compute>
+static void weight_gradient(const Compute* dz, int64_t dz_stride, const Compute* panels, int64_t pairs,
+                            int64_t padded_columns, int64_t first_unit, int64_t last_unit, Compute* left,
+                            Compute* gradient, int64_t gradient_stride, bool accumulate) {
+  constexpr int width = kWidth<Compute>;
+  constexpr int panel_width = width * kTileVectors;
+  for_each_tile(last_unit - first_unit, [&](int64_t row, int rows) {
+    const int64_t unit = first_unit + row;
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const Compute* from = dz + pair * dz_stride + unit;
+      for (int m = 0; m < rows; ++m) left[pair * kTileRows + m] = from[m];
+    }
+    for (int64_t column = 0, panel = 0; column < padded_columns; column += panel_width, ++panel) {
+      const int vectors = static_cast<int>(smaller(kTileVectors, (padded_columns - column) / width));
+      multiply_tile<Compute>(rows, vectors,
+                             {left, 1, kTileRows, 0, panels + panel * pairs * panel_width, panel_width, pairs,
+                              gradient + unit * gradient_stride + column, gradient_stride, width, accumulate});
+    }
+  });
+}
+
+// One tile of dz W: rows x up to four vectors of columns, over all gates, or, where the left side of each gate had a
+// mask of its own, gate by gate with `masks` (rank by rank: [gate][column]) applied to each gate's share.
+template <class Compute>
+FUSEDREG_INLINE void column_tile(int rows, int vectors, const Compute* dz, int64_t dz_row, const Compute* panel,
+                                 int64_t padded_hidden, Compute* out) {
+  constexpr int width = kWidth<Compute>;
+  multiply_tile<Compute>(rows, vectors,
+                         {dz, dz_row, 1, 0, panel, width * kTileVectors, 4 * padded_hidden, out, width * kTileVectors,
+                          width, false});
+}
+
+template <class Compute>
+FUSEDREG_INLINE void gate_column_tile(int gate, int rows, int vectors, const Compute* dz, int64_t dz_row,
+                                      const Compute* panel, int64_t padded_hidden, Compute* out) {
+  constexpr int width = kWidth<Compute>;
+  constexpr int panel_width = width * kTileVectors;
+  multiply_tile<Compute>(rows, vectors,
+                         {dz + gate * padded_hidden, dz_row, 1, 0, panel + gate * padded_hidden * panel_width,
+                          panel_width, padded_hidden, out, panel_width, width, false});
+}
+
+// a = h W_hh^T of one vector of units for some of a worker's rows at step s.
+template <class Context>
+FUSEDREG_INLINE void recurrent_tile(const Context& context, const Share& share, int64_t s, int64_t unit, int64_t first,
+                                    int rows, typename Context::Compute* out, int64_t out_row, int64_t out_vector) {
+  using Compute = typename Context::Compute;
+  const auto& plan = context.plan;
+  const int64_t stride = context.exchange_stride();
+  multiply_tile<Compute>(rows, kTileVectors,
+                         {context.exchanged[s & 1] + (share.first_rank + first * share.rank_step) * stride,
+                          share.rank_step * stride, 1, plan.untied_hidden ? plan.hidden_stride : 0,
+                          context.packed_hh + unit * 4 * plan.H, 4 * kWidth<Compute>, plan.H, out, out_row, out_vector,
+                          false});
+}
+
+}  // namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE

@@ -1,0 +1,293 @@
+// Vectors of the widest kind that the instruction set has, with the compiler's own vector types: one source for
+// every instruction set. Everything here is static or in the instruction set's namespace, so that no function that
+// was compiled for a wide machine can be linked into code for a narrow one.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own AVX-512 header initialises its "undefined" registers with themselves and is warned about it.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include "../common/params.h"
+#include "../common/philox.h"
+
+#ifndef FUSEDREG_ISA_NAMESPACE
+#error "compile kernels.cpp with -DFUSEDREG_ISA_NAMESPACE=avx512, avx2 or portable"
+#endif
+
+#define FUSEDREG_INLINE static inline __attribute__((always_inline))
+#define FUSEDREG_METHOD inline __attribute__((always_inline))  // the same for members
+
+namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileRows = 6;  // 6 x 4 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileRows = 3;  // 3 x 4 of 16
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kTileRows = 3;
+#endif
+constexpr int kTileVectors = 4;  // a unit's four gates side by side
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Vector types for a compute type: V of values, W of the 32-bit words that masks are drawn as.
+template <class Compute>
+struct VectorTypes;
+
+template <>
+struct VectorTypes<float> {
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t W __attribute__((vector_size(kVectorBytes)));
+  static constexpr int width = kVectorBytes / 4;
+};
+
+template <>
+struct VectorTypes<double> {
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Integers __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t W __attribute__((vector_size(kVectorBytes / 2)));
+  static constexpr int width = kVectorBytes / 8;
+};
+
+template <class Compute>
+using Vector = typename VectorTypes<Compute>::V;
+template <class Compute>
+using Words = typename VectorTypes<Compute>::W;
+template <class Compute>
+constexpr int kWidth = VectorTypes<Compute>::width;
+
+template <class Compute>
+FUSEDREG_INLINE Vector<Compute> broadcast(Compute value) {
+  return value - Vector<Compute>{};  // x - 0 is x for every x, so the compiler leaves the broadcast alone
+}
+
+template <class Compute>
+FUSEDREG_INLINE Vector<Compute> load(const Compute* from) {
+  Vector<Compute> value;
+  __builtin_memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+template <class Compute>
+FUSEDREG_INLINE void store(Compute* to, Vector<Compute> value) {
+  __builtin_memcpy(to, &value, sizeof(value));
+}
+
+// ---- Conversion between the storage types and the compute type, a whole vector at a time ----
+
+FUSEDREG_INLINE Vector<float> load_full(const float* from) { return load<float>(from); }
+FUSEDREG_INLINE Vector<double> load_full(const double* from) { return load<double>(from); }
+FUSEDREG_INLINE void store_full(float* to, Vector<float> value) { store<float>(to, value); }
+FUSEDREG_INLINE void store_full(double* to, Vector<double> value) { store<double>(to, value); }
+
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+FUSEDREG_INLINE Vector<float> load_full(const BFloat16* from) {
+  Halves halves;
+  __builtin_memcpy(&halves, from, sizeof(halves));
+  return (Vector<float>)(__builtin_convertvector(halves, Words<float>) << 16);
+}
+
+FUSEDREG_INLINE void store_full(BFloat16* to, Vector<float> value) {
+  const Words<float> bits = (Words<float>)value;
+  const Words<float> rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);  // to nearest, ties to even
+  const Words<float> quiet_nan = bits | 0x400000u;
+  const Words<float> result = ((bits & 0x7FFFFFFFu) > 0x7F800000u) ? quiet_nan : rounded;
+  const Halves halves = __builtin_convertvector(result >> 16, Halves);
+  __builtin_memcpy(to, &halves, sizeof(halves));
+}
+
+#if defined(__AVX512F__)
+FUSEDREG_INLINE Vector<float> load_full(const Float16* from) {
+  return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+FUSEDREG_INLINE void store_full(Float16* to, Vector<float> value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+FUSEDREG_INLINE Vector<float> load_full(const Float16* from) {
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+FUSEDREG_INLINE void store_full(Float16* to, Vector<float> value) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+// Without a conversion instruction: half to single by an exact multiplication by 2^112, which moves the exponent's
+// bias and renormalises subnormals; single to half by adding a power of two at which the rounding happens in place.
+FUSEDREG_INLINE Vector<float> load_full(const Float16* from) {
+  Halves halves;
+  __builtin_memcpy(&halves, from, sizeof(halves));
+  const Words<float> bits = __builtin_convertvector(halves, Words<float>);
+  const Words<float> magnitude = (bits & 0x7FFFu) << 13;
+  const Vector<float> scaled = (Vector<float>)magnitude * 0x1p112f;
+  const Words<float> special = magnitude | 0x7F800000u;  // infinity and NaN
+  const Words<float> finite = (Words<float>)scaled;
+  const Words<float> value = (magnitude >= 0x0F800000u) ? special : finite;
+  return (Vector<float>)(value | ((bits & 0x8000u) << 16));
+}
+FUSEDREG_INLINE void store_full(Float16* to, Vector<float> value) {
+  const Words<float> bits = (Words<float>)value;
+  const Words<float> sign = bits & 0x80000000u;
+  const Words<float> magnitude = bits ^ sign;
+  // Normal halves: round the 13 surplus bits to nearest even, then move the bias.
+  const Words<float> normal = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  // Subnormal halves: 0.5 has the unit in the last place of the subnormals, 2^-24.
+  const Words<float> subnormal = (Words<float>)((Vector<float>)magnitude + 0.5f) - 0x3F000000u;
+  Words<float> result = (magnitude < 0x38800000u) ? subnormal : normal;
+  result = (magnitude >= 0x477FF000u) ? (Words<float>{} + 0x7C00u) : result;  // rounds to infinity
+  result = (magnitude > 0x7F800000u) ? (Words<float>{} + 0x7E00u) : result;   // NaN
+  const Halves halves = __builtin_convertvector(result | (sign >> 16), Halves);
+  __builtin_memcpy(to, &halves, sizeof(halves));
+}
+#endif
+
+// The first `count` values of a vector at the edge of a row. The rest reads as 0 and is not written.
+template <class Storage>
+FUSEDREG_INLINE auto load_some(const Storage* from, int count) {
+  using Result = decltype(load_full(from));
+  constexpr int width = sizeof(Result) == kVectorBytes && sizeof(Storage) == 8 ? kVectorBytes / 8 : kVectorBytes / 4;
+  if (__builtin_expect(count >= width, 1)) return load_full(from);
+  Storage padded[width] = {};
+  for (int j = 0; j < count; ++j) padded[j] = from[j];
+  return load_full(padded);
+}
+
+template <class Storage, class Value>
+FUSEDREG_INLINE void store_some(Storage* to, Value value, int count) {
+  constexpr int width = sizeof(Storage) == 8 ? kVectorBytes / 8 : kVectorBytes / 4;
+  if (__builtin_expect(count >= width, 1)) return store_full(to, value);
+  Storage padded[width];
+  store_full(padded, value);
+  for (int j = 0; j < count; ++j) to[j] = padded[j];
+}
+
+// What the value becomes when it is stored: the carried h is the stored h.
+template <class Storage, class Value>
+FUSEDREG_INLINE Value rounded_to(Value value) {
+  Storage stored[sizeof(Value) / sizeof(decltype(value[0]))];
+  store_full(stored, value);
+  return load_full(stored);
+}
+template <>
+inline __attribute__((always_inline)) Vector<float> rounded_to<float, Vector<float>>(Vector<float> value) {
+  return value;
+}
+template <>
+inline __attribute__((always_inline)) Vector<double> rounded_to<double, Vector<double>>(Vector<double> value) {
+  return value;
+}
+
+template <class Storage>
+struct StorageTraits {
+  using Compute = float;
+};
+template <>
+struct StorageTraits<double> {
+  using Compute = double;
+};
+template <class Storage>
+using ComputeOf = typename StorageTraits<Storage>::Compute;
+
+FUSEDREG_INLINE float to_compute(float value) { return value; }
+FUSEDREG_INLINE double to_compute(double value) { return value; }
+FUSEDREG_INLINE float to_compute(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+FUSEDREG_INLINE float to_compute(Float16 value) { return load_some(&value, 1)[0]; }
+
+template <class Storage>
+FUSEDREG_INLINE Storage zero_of() {
+  Storage zero;
+  __builtin_memset(&zero, 0, sizeof(zero));
+  return zero;
+}
+
+// ---- The 32 x 32 bit products that Philox is made of ----
+
+#if defined(__AVX512F__)
+FUSEDREG_INLINE void wide_product(uint32_t a, Words<float> b, Words<float>& high, Words<float>& low) {
+  const __m512i factor = _mm512_set1_epi32(static_cast<int>(a));
+  const __m512i even = _mm512_mul_epu32((__m512i)b, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)b, 32), factor);
+  high = (Words<float>)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  low = (Words<float>)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+}
+#endif
+#if defined(__AVX2__)
+typedef uint32_t Words256 __attribute__((vector_size(32)));
+FUSEDREG_INLINE void wide_product(uint32_t a, Words256 b, Words256& high, Words256& low) {
+  const __m256i factor = _mm256_set1_epi32(static_cast<int>(a));
+  const __m256i even = _mm256_mul_epu32((__m256i)b, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)b, 32), factor);
+  high = (Words256)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  low = (Words256)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+#endif
+#if defined(__SSE2__)
+typedef uint32_t Words128 __attribute__((vector_size(16)));
+FUSEDREG_INLINE void wide_product(uint32_t a, Words128 b, Words128& high, Words128& low) {
+  const __m128i factor = _mm_set1_epi32(static_cast<int>(a));
+  const __m128i even = _mm_mul_epu32((__m128i)b, factor);
+  const __m128i odd = _mm_mul_epu32(_mm_srli_epi64((__m128i)b, 32), factor);
+  const __m128i odd_lanes = _mm_set_epi32(-1, 0, -1, 0);
+  high = (Words128)_mm_or_si128(_mm_srli_epi64(even, 32), _mm_and_si128(odd, odd_lanes));
+  low = (Words128)_mm_or_si128(_mm_andnot_si128(odd_lanes, even), _mm_slli_epi64(odd, 32));
+}
+#endif
+#if !defined(__AVX2__)
+// Vectors without an instruction of their own: word by word.
+template <class W>
+FUSEDREG_INLINE void wide_product(uint32_t a, W b, W& high, W& low) {
+  for (unsigned j = 0; j < sizeof(W) / 4; ++j) {
+    const uint64_t product = static_cast<uint64_t>(a) * b[j];
+    high[j] = static_cast<uint32_t>(product >> 32);
+    low[j] = static_cast<uint32_t>(product);
+  }
+}
+#endif
+
+// A type of this namespace around a vector of words, so that it has a WideProduct that is this namespace's alone.
+template <class W>
+struct VectorWord {
+  W words;
+  FUSEDREG_METHOD VectorWord operator^(VectorWord other) const { return {words ^ other.words}; }
+  FUSEDREG_METHOD VectorWord operator^(uint32_t other) const { return {words ^ other}; }
+};
+
+}  // namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE
+
+namespace fusedreg {
+
+template <class W>
+struct WideProduct<cpu::FUSEDREG_ISA_NAMESPACE::VectorWord<W>> {
+  using Word = cpu::FUSEDREG_ISA_NAMESPACE::VectorWord<W>;
+  static FUSEDREG_METHOD void take(uint32_t a, Word b, Word& high, Word& low) {
+    cpu::FUSEDREG_ISA_NAMESPACE::wide_product(a, b.words, high.words, low.words);
+  }
+};
+
+}  // namespace fusedreg
