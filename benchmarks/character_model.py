@@ -33,7 +33,7 @@ from benchmarks.eager import EagerLSTM
 from benchmarks.report import character_table
 from benchmarks.shakespeare import Corpus, encode, load, rows
 from benchmarks.timing import spread
-from benchmarks.variants import Unavailable, fusedreg_class
+from benchmarks.variants import Unavailable, fusedreg_class, require_backend
 
 State = tuple[Tensor, Tensor]
 TOLERANCE = 0.02
@@ -67,6 +67,7 @@ class Config:
     temperature: float = 0.7
     seed: int = 0
     device: str = "cpu"
+    backend: str = ""
 
 
 class CharacterModel(nn.Module):
@@ -203,13 +204,15 @@ def synchronize(device: str) -> None:
 
 def make_learners(config: Config, characters: int) -> list[Learner]:
     """``nn.LSTM``, fusedreg plain, fusedreg regularised and the eager loop, all with the same initial weights."""
+    backend = config.backend or torch.device(config.device).type
+    require_backend(backend)
     fused = fusedreg_class("LSTM")
     rates: dict[str, Any] = dict(RATES)
     sizes = (config.embedding_size, config.hidden_size, config.layers)
     makers: list[tuple[str, Callable[[], nn.Module], int]] = [
         ("nn.LSTM", lambda: nn.LSTM(*sizes), config.steps),
-        ("fusedreg", lambda: fused(*sizes), config.steps),
-        ("fusedreg, regularised", lambda: fused(*sizes, **rates), config.steps),
+        ("fusedreg", lambda: fused(*sizes, backend=backend), config.steps),
+        ("fusedreg, regularised", lambda: fused(*sizes, backend=backend, **rates), config.steps),
         ("eager loop, regularised", lambda: EagerLSTM(*sizes, **rates), min(config.eager_steps, config.steps)),
     ]
     torch.manual_seed(config.seed)
@@ -298,13 +301,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=Config.steps, help="updates of each model (default: %(default)s)")
     parser.add_argument("--eager-steps", type=int, default=Config.eager_steps, help="of the eager loop's model")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="", help="fusedreg's backend (default: the device's own kernels)")
     parser.add_argument("--seed", type=int, default=Config.seed)
     parser.add_argument("--threads", type=int, help="torch's threads")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    config = Config(steps=options.steps, eager_steps=options.eager_steps, device=options.device, seed=options.seed)
+    config = Config(
+        steps=options.steps,
+        eager_steps=options.eager_steps,
+        device=options.device,
+        backend=options.backend,
+        seed=options.seed,
+    )
     try:
         corpus = load()
         found = train(corpus, config, console)

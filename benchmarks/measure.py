@@ -48,7 +48,7 @@ class CaseMeasurement:
     def _checked(self, variant: Variant) -> Check:
         if variant.name not in self.checks:
             self.report(f"checking {variant.name}")
-            self.checks[variant.name] = check(variant, self.case, self.preset.device, self.dtype)
+            self.checks[variant.name] = check(variant, self.case, self.preset.device, self.dtype, self.preset.backend)
         return self.checks[variant.name]
 
     def entry(self, variant: Variant, mode: Mode) -> Entry:
@@ -64,7 +64,7 @@ class CaseMeasurement:
         if reason is not None:
             return Entry("impossible", reason)
         try:
-            runnable = make_runnable(variant, self.case, self.inputs, mode)
+            runnable = make_runnable(variant, self.case, self.inputs, mode, backend=self.preset.backend)
             checked = self._checked(variant)
             if not checked.passed:
                 return Entry("wrong", checked.detail)
@@ -146,7 +146,7 @@ def measure_memory(case: Case, preset: Preset, dtype: torch.dtype, report: Repor
     for variant in memory.MEASURED:
         report(f"memory of {variant.name}")
         try:
-            result = memory.measure(variant, case, preset.device, dtype)
+            result = memory.measure(variant, case, preset.device, dtype, preset.backend)
         except Unavailable as error:
             found[variant.name] = {"status": "unavailable", "reason": str(error)}
         except RuntimeError as error:

@@ -31,13 +31,13 @@ class Memory:
     saved: int
 
 
-def saved_bytes(variant: Variant, case: Case, device: str, dtype: torch.dtype) -> int:
+def saved_bytes(variant: Variant, case: Case, device: str, dtype: torch.dtype, backend: str = "") -> int:
     """Bytes that autograd saves in the forward, each storage once; inputs and parameters, alive anyway, excluded.
 
     Only what autograd itself holds is seen, so between libraries it is peaks that compare.
     """
     inputs = make_inputs(case, device, dtype)
-    runnable = make_runnable(variant, case, inputs, "training")
+    runnable = make_runnable(variant, case, inputs, "training", backend=backend)
     own = {tensor.untyped_storage().data_ptr() for tensor in (inputs.values, *runnable.module.parameters())}
     kept: dict[int, int] = {}
 
@@ -62,12 +62,12 @@ def _status(field: str) -> int:
     raise OSError(f"/proc/self/status has no field {field}")
 
 
-def _cpu_peak(variant: Variant, case: Case, dtype: torch.dtype) -> int:
+def _cpu_peak(variant: Variant, case: Case, dtype: torch.dtype, backend: str) -> int:
     """The peak in this process: to be called in one that has done nothing yet."""
     # Code pages, thread stacks and the libraries' own set-up are not the model's memory: touch them first.
     tiny = case.sized("tiny")
-    make_runnable(variant, tiny, make_inputs(tiny, "cpu", dtype), "training").run("training")
-    runnable = make_runnable(variant, case, make_inputs(case, "cpu", dtype), "training")
+    make_runnable(variant, tiny, make_inputs(tiny, "cpu", dtype), "training", backend=backend).run("training")
+    runnable = make_runnable(variant, case, make_inputs(case, "cpu", dtype), "training", backend=backend)
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
@@ -80,11 +80,13 @@ def _cpu_peak(variant: Variant, case: Case, dtype: torch.dtype) -> int:
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
-def _child(connection: Connection, variant: Variant, case: Case, dtype: torch.dtype, threads: int) -> None:
+def _child(
+    connection: Connection, variant: Variant, case: Case, dtype: torch.dtype, backend: str, threads: int
+) -> None:
     torch.set_num_threads(threads)
     try:
-        peak = _cpu_peak(variant, case, dtype)
-        connection.send(Memory(peak, saved_bytes(variant, case, "cpu", dtype)))
+        peak = _cpu_peak(variant, case, dtype, backend)
+        connection.send(Memory(peak, saved_bytes(variant, case, "cpu", dtype, backend)))
     except Unavailable as error:
         connection.send(error)
     finally:
@@ -100,8 +102,8 @@ def _context() -> Any:
     return context
 
 
-def _cuda_memory(variant: Variant, case: Case, dtype: torch.dtype, device: str) -> Memory:
-    runnable = make_runnable(variant, case, make_inputs(case, device, dtype), "training")
+def _cuda_memory(variant: Variant, case: Case, dtype: torch.dtype, device: str, backend: str) -> Memory:
+    runnable = make_runnable(variant, case, make_inputs(case, device, dtype), "training", backend=backend)
     runnable.run("training")
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -110,19 +112,19 @@ def _cuda_memory(variant: Variant, case: Case, dtype: torch.dtype, device: str) 
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     del runnable
-    return Memory(peak, saved_bytes(variant, case, device, dtype))
+    return Memory(peak, saved_bytes(variant, case, device, dtype, backend))
 
 
-def measure(variant: Variant, case: Case, device: str, dtype: torch.dtype) -> Memory:
+def measure(variant: Variant, case: Case, device: str, dtype: torch.dtype, backend: str = "") -> Memory:
     """Peak and saved bytes of ``variant`` on ``case``.
 
     Raises :class:`Unavailable` where the variant cannot be built, ``RuntimeError`` where the child process died.
     """
     if torch.device(device).type == "cuda":
-        return _cuda_memory(variant, case, dtype, device)
+        return _cuda_memory(variant, case, dtype, device, backend)
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, variant, case, dtype, torch.get_num_threads()))
+    process = context.Process(target=_child, args=(sender, variant, case, dtype, backend, torch.get_num_threads()))
     process.start()
     sender.close()
     try:

@@ -271,6 +271,7 @@ class Preset:
     """Which comparisons are made, at which sizes, and for how long.
 
     Every comparison takes at least ``minimum_rounds`` pairs, then more while the case's ``seconds`` last.
+    ``backend`` is fusedreg's; ``""`` is the one that is named as the device.
     """
 
     name: str
@@ -283,6 +284,7 @@ class Preset:
     maximum_rounds: int = 31
     sample_seconds: float = 0.02
     memory: bool = True
+    backend: str = ""
 
 
 PRESETS: dict[str, Preset] = {

@@ -34,6 +34,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the ratios into this folder")
     parser.add_argument("--threads", type=int, help="threads of torch and of the kernels (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, help="time for the pairs of each case (default: the preset's)")
+    parser.add_argument("--backend", default="", help="fusedreg's backend (default: the device's own kernels)")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory measurements")
     return parser.parse_args(arguments)
 
@@ -44,6 +45,7 @@ def measure(preset: Preset, cases: Sequence[Case], console: Console) -> results.
         "format": results.FORMAT,
         "kind": "cases",
         "preset": preset.name,
+        "backend": preset.backend or torch.device(preset.device).type,
         "machine": machine.describe(preset.device),
         "rates": {"fma": {"one_thread": None, "all_threads": None}, "loop": []},
         "cases": [],
@@ -127,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     if options.seconds is not None:
         preset = replace(preset, seconds=options.seconds)
+    preset = replace(preset, backend=options.backend)
     if options.no_memory:
         preset = replace(preset, memory=False)
     found = measure(preset, cases, console)

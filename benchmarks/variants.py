@@ -6,7 +6,6 @@ The only file that knows how each implementation is built. What cannot be built 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,10 +90,24 @@ def fusedreg_keywords(variant: Variant, case: Case) -> dict[str, Any]:
     return keywords
 
 
-def make_module(variant: Variant, case: Case, *, backend: str | None = None) -> nn.Module:
+def require_backend(backend: str) -> None:
+    """Raise :class:`Unavailable` with the reason unless fusedreg's ``backend`` can run here."""
+    try:
+        from fusedreg import backends
+    except ImportError as error:
+        raise Unavailable(f"fusedreg cannot be imported: {error}") from error
+    if backend not in backends.BACKENDS:
+        raise Unavailable(f"this version of fusedreg has no backend {backend!r}")
+    available = backends.availability(backend)
+    if not available:
+        raise Unavailable(f"fusedreg's backend {backend!r} cannot be used here: {available.reason}")
+
+
+def make_module(variant: Variant, case: Case, *, backend: str = "auto") -> nn.Module:
     """The module of ``variant`` on the CPU in float32, with the same initial weights for every variant.
 
-    ``backend`` is passed to ``fusedreg.LSTM``. Raises :class:`Unavailable` where it cannot be built.
+    ``backend`` is fusedreg's, and by name, so that never a fallback is timed. Raises :class:`Unavailable` where the
+    variant cannot be built.
     """
     sizes = (case.input_size, case.hidden_size, case.num_layers)
     torch.manual_seed(1)
@@ -103,10 +116,9 @@ def make_module(variant: Variant, case: Case, *, backend: str | None = None) -> 
         return template
     module: nn.Module
     if variant.implementation == "fusedreg":
+        require_backend(backend)
         keywords = fusedreg_keywords(variant, case)
-        if backend is not None:
-            keywords["backend"] = backend
-        module = fusedreg_class("LSTM")(*sizes, bidirectional=case.bidirectional, **keywords)
+        module = fusedreg_class("LSTM")(*sizes, bidirectional=case.bidirectional, backend=backend, **keywords)
     else:
         rates: dict[str, Any] = dict(variant.rates)
         module = EagerLSTM(
@@ -121,16 +133,12 @@ def make_module(variant: Variant, case: Case, *, backend: str | None = None) -> 
     return module
 
 
-def make_runnable(variant: Variant, case: Case, inputs: Inputs, mode: Mode, *, backend: str | None = None) -> Runnable:
-    """``variant`` ready to run on the device and in the dtype of ``inputs``, in training or evaluation mode."""
+def make_runnable(variant: Variant, case: Case, inputs: Inputs, mode: Mode, *, backend: str = "") -> Runnable:
+    """``variant`` ready to run on the device and in the dtype of ``inputs``, in training or evaluation mode.
+
+    ``backend``: fusedreg's, or ``""`` for the one that is named as the device.
+    """
+    backend = backend or inputs.values.device.type
     module = make_module(variant, case, backend=backend).to(inputs.values.device, inputs.values.dtype)
     module.train(mode == "training")
     return Runnable(module, inputs, takes_reset=variant.implementation != "torch")
-
-
-def attempt(build: Callable[[], Runnable]) -> tuple[Runnable | None, str]:
-    """``(runnable, "")``, or ``(None, why not)``."""
-    try:
-        return build(), ""
-    except Unavailable as error:
-        return None, str(error)
