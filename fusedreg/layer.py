@@ -102,7 +102,7 @@ class RunningStatistics(NamedTuple):
     ``input_statistics="sequence"``. Read in evaluation, and in training at steps with a single valid row.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls here
     input_index: Tensor
     input_mean: Tensor | None = None
     input_var: Tensor | None = None
