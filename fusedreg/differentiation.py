@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedreg.encoding import DIFFERENTIABLE, FIRST_RUNNING, SAVE_NOTHING, decode_options, hidden_differs
+from fusedreg.encoding import (
+    DIFFERENTIABLE,
+    FIRST_RUNNING,
+    SAVE_NOTHING,
+    decode_options,
+    hidden_differs,
+)
 from fusedreg.layer import LayerOptions, LayerParameters, LayerResult, RunningStatistics
 from fusedreg.regularization import BatchNorm
 
@@ -37,8 +43,7 @@ def save_for_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor])
     if not options[12]:
         constants.append(cells)
     ctx.mark_non_differentiable(*constants)
-    if not torch.compiler.is_compiling():  # dynamo has no rule for it, and removes the dead zeros itself
-        ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # no zeros for the gates, which nobody differentiates
     carried = hidden if hidden_differs(rates, options) else y
     # The running statistics are not kept: what was read of them stands in `statistics`, and a module updates them in
     # place before the backward comes.
@@ -68,7 +73,8 @@ def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         (ctx.rates, options, ctx.norm_eps, needed),
     )
     flat = [argument for group in arguments for argument in group]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    transformed = torch._C._are_functorch_transforms_active()
+    if torch.is_grad_enabled() or transformed:
         results = LayerBackward.apply(*flat)  # type: ignore[no-untyped-call]
     else:
         with torch._C._AutoDispatchBelowAutograd():
@@ -123,11 +129,6 @@ class Layer(torch.autograd.Function):
         """Call it once a sample."""
         return _loop_over_samples(Layer, info, in_dims, arguments)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Refuse, with the remedy."""
-        _refuse_forward_mode()
-
 
 class LayerBackward(torch.autograd.Function):
     """The backward operator, differentiable once more through the reference."""
@@ -152,18 +153,26 @@ class LayerBackward(torch.autograd.Function):
         """Call it once a sample."""
         return _loop_over_samples(LayerBackward, info, in_dims, arguments)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Refuse, with the remedy."""
-        _refuse_forward_mode()
+
+def allow_in_graph() -> bool:
+    """Let dynamo put the Functions into its graphs whole, instead of tracing into them.
+
+    It would lose their vmap rules, and their gradients under ``torch.func``. Dynamo *runs* a function that carries
+    the mark below while it traces, so that it is not imported (three seconds) before someone compiles.
+    """
+    for function in (Layer, LayerBackward):
+        torch.compiler.allow_in_graph(function)
+    return True
+
+
+allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def save_for_double_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     """Keep what the reference needs to say the same again: no saved gates, no saved states."""
     ctx.rates, ctx.options, ctx.norm_eps, ctx.needed = inputs[35:]
     ctx.mark_non_differentiable(*(result for result, wanted in zip(output, ctx.needed, strict=True) if not wanted))
-    if not torch.compiler.is_compiling():
-        ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)
     statistics = inputs[32:35]
     ctx.save_for_backward(*inputs[: 4 + FIRST_RUNNING], *statistics)
 

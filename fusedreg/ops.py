@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusedreg.differentiation import (
     Layer,
+    allow_in_graph,
     forward_operator,
     gradients,
     save_for_backward,
@@ -78,6 +79,8 @@ def lstm_layer(
         extras = parameters[5:11] + (tuple(running) if running is not None else (None,) * 8)
     tensors = (input, *parameters[:4], initial_hidden, initial_cell, lengths, reset, seed, *extras)
     compiling = torch.compiler.is_compiling()
+    if compiling:
+        allow_in_graph()
     encode = encode_options if compiling else encode_once
     transformed = torch._C._are_functorch_transforms_active()
     # Under a transform a tensor may not show that it requires grad at a level further out, so the Function it is.

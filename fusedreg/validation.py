@@ -155,19 +155,14 @@ def check_lengths(lengths: Any, rows: int | None, steps: int, device: torch.devi
     """
     if rows is None:
         raise ValueError("lengths: expected None with an unbatched input, got lengths; cut the input instead")
-    remedy = f"pass {rows} integers in [0, {steps}], one a row"
     if not isinstance(lengths, Tensor):
-        if isinstance(lengths, (str, bytes)) or not isinstance(lengths, Sequence):
-            raise TypeError(f"lengths: expected a tensor of integers, got {type(lengths).__name__}; {remedy}")
-        if not all(hasattr(length, "__index__") and not isinstance(length, bool) for length in lengths):
-            raise TypeError(f"lengths: expected integers, got {list(lengths)!r}; {remedy}")
-        lengths = torch.tensor(list(lengths), dtype=torch.int64)
+        lengths = _lengths_of_sequence(lengths)
     if lengths.dtype not in _INTEGERS:
-        raise TypeError(
-            f"lengths: expected a tensor of integers, got {lengths.dtype}; convert with lengths.long() ({remedy})"
-        )
+        raise TypeError(f"lengths: expected a tensor of integers, got {lengths.dtype}; convert with lengths.long()")
     if lengths.dim() != 1 or lengths.shape[0] != rows:
-        raise ValueError(f"lengths: expected shape ({rows},), got {tuple(lengths.shape)}; {remedy}")
+        raise ValueError(
+            f"lengths: expected shape ({rows},), got {tuple(lengths.shape)}; pass one integer in [0, {steps}] a row"
+        )
     if lengths.device.type == "cpu" and not _traced(lengths) and lengths.numel() > 0:
         low, high = (int(bound) for bound in torch.aminmax(lengths))
         if low < 0 or high > steps:
@@ -177,6 +172,14 @@ def check_lengths(lengths: Any, rows: int | None, steps: int, device: torch.devi
             )
     on_device: Tensor = lengths.to(device=device, dtype=torch.int64)
     return on_device
+
+
+def _lengths_of_sequence(lengths: Any) -> Tensor:
+    if isinstance(lengths, (str, bytes)) or not isinstance(lengths, Sequence):
+        raise TypeError(f"lengths: expected a tensor of integers, got {type(lengths).__name__}; pass one integer a row")
+    if not all(hasattr(length, "__index__") and not isinstance(length, bool) for length in lengths):
+        raise TypeError(f"lengths: expected integers, got {list(lengths)!r}; pass one integer a row")
+    return torch.tensor(list(lengths), dtype=torch.int64)
 
 
 def _traced(tensor: Tensor) -> bool:
