@@ -251,6 +251,7 @@ def weights_are_learnt(implement: LayerImplementation) -> None:
         parameters = arguments.parameters._replace(weight_hh=weight)
         result = call(implement, case, arguments, parameters=parameters, seed=torch.tensor(seed))
         assert torch.equal(weight, arguments.parameters.weight_hh), "the parameter was changed"
+        assert result.output.requires_grad, "no gradient at all"
         gradient = torch.autograd.grad(result.output.sum(), [weight], allow_unused=True)[0]
         assert gradient is not None, "no gradient at all"
         now = gradient != 0

@@ -148,12 +148,25 @@ def baseline(case: LayerCase, seeds: int = SEEDS) -> Baseline:
 def _baseline(case: LayerCase, seeds: int) -> Baseline:
     reference = implementation("reference")
     arguments = tuple(make_arguments(case, seed) for seed in range(seeds))
-    values = tuple(run_layer(reference, case, each.to(torch.float64)) for each in arguments)
     orders = []
-    for order in (contextlib.nullcontext, PermutedSums):
-        with order():
-            orders.append([run_layer(reference, case, each) for each in arguments])
+    with _threads_for(case):
+        values = tuple(run_layer(reference, case, each.to(torch.float64)) for each in arguments)
+        for order in (contextlib.nullcontext, PermutedSums):
+            with order():
+                orders.append([run_layer(reference, case, each) for each in arguments])
     return Baseline(arguments, values, eager_errors(orders, values))
+
+
+@contextlib.contextmanager
+def _threads_for(case: LayerCase) -> Iterator[None]:
+    """One thread for small products: on a busy machine, a team's barriers cost a hundred times what it computes."""
+    before = torch.get_num_threads()
+    if case.rows * case.hidden_size < 2**13:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def eager_errors(orders: Sequence[Sequence[dict[str, Tensor]]], exact: Sequence[dict[str, Tensor]]) -> dict[str, float]:
