@@ -129,6 +129,11 @@ class Layer(torch.autograd.Function):
         """Call it once a sample."""
         return _loop_over_samples(Layer, info, in_dims, arguments)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Refuse, with the remedy."""
+        _refuse_forward_mode()
+
 
 class LayerBackward(torch.autograd.Function):
     """The backward operator, differentiable once more through the reference."""
@@ -152,6 +157,11 @@ class LayerBackward(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         """Call it once a sample."""
         return _loop_over_samples(LayerBackward, info, in_dims, arguments)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Refuse, with the remedy."""
+        _refuse_forward_mode()
 
 
 def allow_in_graph() -> bool:

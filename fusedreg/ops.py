@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusedreg.differentiation import (
     Layer,
@@ -83,8 +84,10 @@ def lstm_layer(
         allow_in_graph()
     encode = encode_options if compiling else encode_once
     transformed = torch._C._are_functorch_transforms_active()
-    # Under a transform a tensor may not show that it requires grad at a level further out, so the Function it is.
-    if transformed or (torch.is_grad_enabled() and _requires_grad(tensors)):
+    # Under a transform a tensor may not show that it requires grad at a level further out, so the Function it is; and
+    # the Function is what refuses forward mode, whose tangents the operator would silently lose.
+    dual = forward_ad._current_level >= 0
+    if transformed or dual or (torch.is_grad_enabled() and _requires_grad(tensors)):
         save = SAVE_RECOMPUTE if options.recompute else SAVE_GATES
         results = Layer.apply(*tensors, *encode(options, save))  # type: ignore[no-untyped-call]
     elif compiling:
