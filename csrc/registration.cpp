@@ -4,8 +4,11 @@
 // what memory safety needs, because anyone can call an operator: devices, types, sizes, layouts, and the one kind of
 // index that is read from a tensor.
 
+#include <pthread.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <cstring>
 #include <new>
 #include <string>
@@ -77,6 +80,25 @@ class Results {
   std::vector<Tensor> tensors_;
 };
 
+// Set in the child of a fork. torch's OpenMP threads do not survive one, and libgomp then waits for them for ever.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
+int available_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+// cpu::RunTeam over torch's own threads.
+void run_team(int asked, cpu::TeamBody body, void* context) {
+  if (asked <= 1) {
+    body(context, 0, 1);
+  } else if (forked.load(std::memory_order_relaxed)) {
+    stable::run_team_of_new_threads(asked, body, context);
+  } else {
+    stable::Team team(asked, body, context);
+    torch::stable::parallel_for(0, asked, 1, [&team](int64_t begin, int64_t end) { team.run_piece(begin, end); });
+    team.rethrow();
+  }
+}
+
 template <typename Kernel>
 void run_kernel(const char* name, const Kernel& kernel) {
   try {
@@ -125,7 +147,7 @@ void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) 
   if (shapes.rows == 0) {
     results.zero();
   } else {
-    run_kernel(kName, [&] { cpu::lstm_layer_forward(params, stable::threads(), &stable::run_team); });
+    run_kernel(kName, [&] { cpu::lstm_layer_forward(params, available_threads(), &run_team); });
   }
   results.give(stack);
 }
@@ -207,7 +229,7 @@ void backward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/)
   if (shapes.rows == 0) {
     results.zero();
   } else {
-    run_kernel(kName, [&] { cpu::lstm_layer_backward(params, stable::threads(), &stable::run_team); });
+    run_kernel(kName, [&] { cpu::lstm_layer_backward(params, available_threads(), &run_team); });
     if (grad_bias_ih != nullptr && grad_bias_hh != nullptr) {
       std::memcpy(grad_bias_hh, grad_bias_ih, gates[0] * results[kBiasIh].element_size());
     }
@@ -234,15 +256,15 @@ void measure_fma_rate(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*re
   ArgumentReader reader(stack);
   const auto threads = reader.take<int64_t>();
   const auto seconds = reader.take<double>();
-  if (threads < 1 || threads > stable::threads() || !(seconds > 0.0 && seconds < 60.0)) {
-    stable::fail("fusedreg::_measure_fma_rate: expected 1 to ", stable::threads(),
+  if (threads < 1 || threads > available_threads() || !(seconds > 0.0 && seconds < 60.0)) {
+    stable::fail("fusedreg::_measure_fma_rate: expected 1 to ", available_threads(),
                  " threads (torch.set_num_threads) and 0 to 60 seconds, got ", threads, " and ", seconds);
   }
   struct Measurement {
     double seconds;
     std::vector<double> rates;
   } measurement{seconds, std::vector<double>(threads)};
-  stable::run_team(
+  run_team(
       static_cast<int>(threads),
       [](void* context, int worker, int /*workers*/) {
         auto& each = *static_cast<Measurement*>(context);

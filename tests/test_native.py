@@ -1,4 +1,4 @@
-"""The kernels without torch: a C++ driver with threads of its own. `make sanitize` runs it under ThreadSanitizer."""
+"""The kernels and their teams without torch: C++ drivers with threads of their own, as `make sanitize` has too."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def driver() -> Path:
-    return sanitize.build_driver(native_build.find_compiler(), native_build.OBJECTS)
+def drivers() -> tuple[Path, Path]:
+    return sanitize.build_drivers(native_build.find_compiler(), native_build.OBJECTS)
 
 
 @pytest.mark.parametrize("name", list(native_build.instruction_sets()))
-def test_any_team_gives_the_same_bits(driver: Path, name: str) -> None:
+def test_any_team_gives_the_same_bits(drivers: tuple[Path, Path], name: str) -> None:
     """Teams of 1 to 5, two callers at once, twelve kinds of layer."""
-    answer = subprocess.run([str(driver), name], capture_output=True, text=True, check=False)
+    answer = subprocess.run([drivers[0], name], capture_output=True, text=True, check=False)
     if answer.returncode == 77:
         pytest.skip(answer.stderr.strip())
     assert answer.returncode == 0, answer.stderr
@@ -32,7 +32,14 @@ def test_any_team_gives_the_same_bits(driver: Path, name: str) -> None:
     assert answer.stdout.endswith(", 0 failed\n")
 
 
-def test_an_unknown_instruction_set_is_not_run(driver: Path) -> None:
-    answer = subprocess.run([str(driver), "mmx"], capture_output=True, text=True, check=False)
+def test_an_unknown_instruction_set_is_not_run(drivers: tuple[Path, Path]) -> None:
+    answer = subprocess.run([drivers[0], "mmx"], capture_output=True, text=True, check=False)
     assert answer.returncode == 77
     assert "mmx: not run" in answer.stderr
+
+
+def test_teams_are_those_who_came(drivers: tuple[Path, Path]) -> None:
+    """Fewer pieces than asked, larger ones, late ones, one alone, one that throws."""
+    answer = subprocess.run([drivers[1]], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.endswith(", 0 failed\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -379,3 +381,20 @@ def test_errors_in_one_call_leave_the_others_alone() -> None:
     for worker in workers:
         worker.join()
     assert wrong == []
+
+
+def test_a_fork_after_a_parallel_region_still_runs_in_parallel() -> None:
+    """OpenMP's threads do not survive a fork: a torch operator large enough for two threads hangs there."""
+    program = """
+import os, signal, sys, warnings, torch, fusedreg
+warnings.simplefilter("ignore", DeprecationWarning)
+torch.set_num_threads(3)
+module, input = fusedreg.LSTM(20, 60), torch.randn(4, 33, 20)
+expected = module(input).output
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(0 if torch.equal(module(input).output, expected) else 1)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -4,7 +4,8 @@ AddressSanitizer and UndefinedBehaviorSanitizer: the whole extension is built wi
 the tests run over it. Python itself is not built so, which is why their runtime has to be loaded first; libstdc++
 with it, or the first exception that torch throws ends the process, for the runtime to have found no ``__cxa_throw``.
 
-ThreadSanitizer: a driver of the kernels' own parallel region with ``std::thread``. Under Python it would report races
+ThreadSanitizer: drivers of the kernels' own parallel region, and of the teams that run it, with
+``std::thread``. Under Python it would report races
 of libraries that are not built with it.
 """
 
@@ -21,20 +22,23 @@ import native_build
 from native_build import BuildError, Compiler, Unit
 
 FOLDER = native_build.ROOT / "build" / "sanitize"
-DRIVER = Unit(native_build.ROOT / "tests" / "native" / "thread_driver.cpp", "thread_driver")
+DRIVERS = [
+    Unit(native_build.ROOT / "tests" / "native" / f"{name}.cpp", name) for name in ("thread_driver", "team_driver")
+]
 # Leaks: Python and torch keep much until the end that looks like one.
 ASAN_OPTIONS = "detect_leaks=0:abort_on_error=0:exitcode=99:detect_stack_use_after_return=1"
 NOT_UNDER_SANITIZERS = "not slow and not compile and not build"
 
 
-def build_driver(compiler: Compiler, folder: Path, with_sanitizers: tuple[str, ...] = ()) -> Path:
-    """Builds the thread driver with the kernels, without torch: an executable in ``folder``."""
+def build_drivers(compiler: Compiler, folder: Path, with_sanitizers: tuple[str, ...] = ()) -> tuple[Path, Path]:
+    """Builds the two drivers, without torch, in ``folder``: of the kernels' threads, and of the team alone."""
     flags = native_build.common_flags(with_sanitizers)
-    objects = native_build.compile_units([DRIVER, *native_build.kernel_units()], flags, compiler, folder)
-    target = folder / "thread_driver"
     link = ["-pthread", *([f"-fsanitize={','.join(with_sanitizers)}"] if with_sanitizers else [])]
-    native_build.link(objects, link, compiler, target)
-    return target
+    units = [*DRIVERS, *native_build.kernel_units()]
+    threads, team, *kernels = native_build.compile_units(units, flags, compiler, folder)
+    native_build.link([threads, *kernels], link, compiler, folder / "thread_driver")
+    native_build.link([team], link, compiler, folder / "team_driver")
+    return folder / "thread_driver", folder / "team_driver"
 
 
 def runtime(compiler: Compiler, name: str) -> str:
@@ -50,15 +54,15 @@ def runtime(compiler: Compiler, name: str) -> str:
 
 
 def run_threads(compiler: Compiler) -> int:
-    """ThreadSanitizer over the driver, once for each instruction set that this processor has."""
+    """ThreadSanitizer over the drivers, the kernels' once for each instruction set that this processor has."""
     print("ThreadSanitizer: the kernels' parallel region", flush=True)
-    driver = build_driver(compiler, FOLDER / "thread", ("thread",))
+    threads, team = build_drivers(compiler, FOLDER / "thread", ("thread",))
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=0:exitcode=66:second_deadlock_stack=1"}
     # Its shadow memory has a fixed place, which the randomised layout of newer kernels may have given away.
     fixed = ["setarch", platform.machine(), "-R"] if sys.platform == "linux" else []
     status = 0
-    for name in native_build.instruction_sets():
-        answer = subprocess.run([*fixed, str(driver), name], env=environment, check=False)
+    for command in [[str(team)], *([str(threads), name] for name in native_build.instruction_sets())]:
+        answer = subprocess.run([*fixed, *command], env=environment, check=False)
         if answer.returncode not in (0, 77):
             status = 1
     return status

@@ -1,13 +1,13 @@
-// Threads for the CPU kernels: a team of workers that are sure to run at the same time.
+// Threads for the CPU kernels: a team of workers that are sure to run at the same time. Knows nothing of torch.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
 
 #include <atomic>
 #include <chrono>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <vector>
 
 #include "../cpu/lstm_layer.h"
 
@@ -21,6 +21,9 @@ namespace fusedreg::stable {
 //
 // Where all arrive (always, but for queued pieces) a worker's number is its piece's, so that a thread keeps its part
 // of the work, and of the cache, from one call to the next.
+//
+// A body that throws between two barriers would leave the others waiting; the kernels allocate before they ask for a
+// team. What a body does throw is thrown again in the calling thread.
 class Team {
  public:
   Team(int asked, cpu::TeamBody body, void* context) : asked_(asked), body_(body), context_(context) {}
@@ -100,17 +103,21 @@ class Team {
   std::exception_ptr error_;
 };
 
-// cpu::RunTeam over torch's own threads.
-inline void run_team(int asked, cpu::TeamBody body, void* context) {
-  if (asked <= 1) {
-    body(context, 0, 1);
-    return;
-  }
+// cpu::RunTeam with threads made for the occasion: some 50 microseconds a call dearer than a pool.
+inline void run_team_of_new_threads(int asked, cpu::TeamBody body, void* context) {
   Team team(asked, body, context);
-  torch::stable::parallel_for(0, asked, 1, [&team](int64_t begin, int64_t end) { team.run_piece(begin, end); });
+  std::vector<std::thread> others;
+  others.reserve(asked);
+  try {
+    for (int worker = 1; worker < asked; ++worker) {
+      others.emplace_back([&team, worker] { team.run_piece(worker, worker + 1); });
+    }
+  } catch (const std::system_error&) {
+    // The system gives no more threads: the team is those that there are.
+  }
+  team.run_piece(0, 1);
+  for (std::thread& other : others) other.join();
   team.rethrow();
 }
-
-inline int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 }  // namespace fusedreg::stable
