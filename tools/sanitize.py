@@ -97,12 +97,12 @@ def main() -> int:
     options = parser.parse_args()
     try:
         compiler = native_build.find_compiler()
-        threads = run_threads(compiler) if options.only != "tests" else 0
-        tests = run_tests(compiler, options.tests.split(), options.arguments) if options.only != "threads" else 0
+        threads = run_threads(compiler) if options.only != "tests" else None
+        tests = run_tests(compiler, options.tests.split(), options.arguments) if options.only != "threads" else None
     except BuildError as error:
         print(f"\nfusedreg: {error}\n", file=sys.stderr)
         return 1
-    words = {0: "clean"}
+    words = {0: "clean", None: "not run"}
     print(f"ThreadSanitizer: {words.get(threads, 'FAILED')}")
     print(f"AddressSanitizer, UndefinedBehaviorSanitizer: {words.get(tests, 'FAILED')}")
     return 1 if threads or tests else 0
