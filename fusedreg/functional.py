@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedreg import ops, reference, running_statistics, validation
+from fusedreg.autocast import autocast
 from fusedreg.backends import resolve
 from fusedreg.layer import BatchStatistics, LayerOptions, LayerParameters, LayerResult, RunningStatistics
 from fusedreg.packed import pack_like, pad
@@ -182,6 +183,8 @@ def run(
     Nothing is written: a call that raises leaves everything as it was.
     """
     architecture = plan.architecture
+    if torch._C._is_any_autocast_enabled():
+        input, hx, layers = autocast(input, hx, layers)
     weight = layers[0].weight_ih
     packed, host_lengths, batch_first = None, None, plan.batch_first
     if isinstance(input, PackedSequence):

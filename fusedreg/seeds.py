@@ -123,8 +123,8 @@ def as_seed(seed: Any, device: torch.device | str) -> Tensor:
             raise TypeError(f"seed: expected an int64 tensor, got dtype {seed.dtype}; convert with seed.long()")
         if seed.dim() != 0:
             raise ValueError(
-                f"seed: expected a tensor without dimensions, got shape {tuple(seed.shape)}; pass one element, for "
-                f"instance seed[0]"
+                f"seed: expected a tensor without dimensions, got shape {tuple(seed.shape)}; pass a 0-dimensional "
+                f"one, for instance seed[0]"
             )
         return seed.to(device)
     if isinstance(seed, (bool, float)) or not hasattr(seed, "__index__"):

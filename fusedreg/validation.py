@@ -28,6 +28,10 @@ class InputError(ValueError, RuntimeError):
     """A ``ValueError`` that is also a ``RuntimeError``, which is what ``torch.nn.LSTM`` raises in the same place."""
 
 
+class InputTypeError(TypeError, RuntimeError):
+    """A ``TypeError`` that is also a ``RuntimeError``, for the same reason."""
+
+
 def check_input(input: Any, architecture: Architecture, weight: Tensor, batch_first: bool) -> None:
     """Check the input of a call against the model: rank, size, type, device, length.
 
@@ -91,15 +95,15 @@ def check_state(hx: Any, architecture: Architecture, input: Tensor, rows: int | 
         The two states.
 
     Raises:
-        TypeError: not a pair of tensors. InputError: wrong shape, type or device.
+        InputTypeError: not a pair of tensors. InputError: wrong shape, type or device.
     """
     if isinstance(hx, Tensor) or not isinstance(hx, Sequence) or len(hx) != 2:
         got = f"{type(hx).__name__} of length {len(hx)}" if isinstance(hx, Sequence) else type(hx).__name__
-        raise TypeError(f"hx: expected a tuple (h_0, c_0) of two tensors, got {got}; pass None for zeros")
+        raise InputTypeError(f"hx: expected a tuple (h_0, c_0) of two tensors, got {got}; pass None for zeros")
     cells = architecture.num_layers * architecture.num_directions
     for name, state, size in (("h_0", hx[0], architecture.state_size), ("c_0", hx[1], architecture.hidden_size)):
         if not isinstance(state, Tensor):
-            raise TypeError(
+            raise InputTypeError(
                 f"hx: expected {name} to be a tensor, got {type(state).__name__}; pass hx=None for zeros, or "
                 f"torch.zeros of the right shape"
             )
@@ -310,10 +314,10 @@ def check_dtype(dtype: Any) -> None:
     """Check the type of a model's parameters.
 
     Raises:
-        TypeError: not a real floating type that there is arithmetic for.
+        InputTypeError: not a real floating type that there is arithmetic for.
     """
     if dtype is not None and dtype not in _DTYPES:
-        raise TypeError(
+        raise InputTypeError(
             f"dtype: expected torch.float32, float64, bfloat16 or float16, got {dtype!r}; leave it out for the default"
         )
 

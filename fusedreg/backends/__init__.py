@@ -50,9 +50,11 @@ def check_name(backend: Any) -> None:
     """Raise a :class:`ValueError` (a :class:`TypeError` for another type) unless ``backend`` names one."""
     names = ", ".join(repr(name) for name in BACKENDS)
     if not isinstance(backend, str):
-        raise TypeError(f"backend: expected one of {names}, got a {type(backend).__name__}")
+        raise TypeError(
+            f"backend: expected one of {names}, got {backend!r} of type {type(backend).__name__}; pass a string"
+        )
     if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+        raise ValueError(f"backend: expected one of {names}, got {backend!r}; leave it out for 'auto'")
 
 
 def resolve(
