@@ -271,7 +271,7 @@ class Preset:
     """Which comparisons are made, at which sizes, and for how long.
 
     Every comparison takes at least ``minimum_rounds`` pairs, then more while the case's ``seconds`` last.
-    ``backend`` is fusedreg's; ``""`` is the one that is named as the device.
+    ``backend`` is fusedreg's; ``""`` is the one that is named as the device. ``character_model``: end with it.
     """
 
     name: str
@@ -285,12 +285,13 @@ class Preset:
     sample_seconds: float = 0.02
     memory: bool = True
     backend: str = ""
+    character_model: bool = False
 
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("cpu", "cpu", "short", QUICK),
+        Preset("cpu", "cpu", "short", QUICK, character_model=True),
         Preset("cpu-full", "cpu", "short", FULL, seconds=90.0, minimum_rounds=7),
         Preset("gpu", "cuda", "full", GPU, ("float16", "bfloat16", "float32"), seconds=30.0, minimum_rounds=7),
         Preset("tiny", "cpu", "tiny", QUICK, seconds=0.0, minimum_rounds=2, sample_seconds=0.0),

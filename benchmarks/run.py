@@ -2,9 +2,11 @@
 
     python -m benchmarks.run --preset cpu --json benchmarks/results/cpu.json --plots build/plots
     python -m benchmarks.run --preset cpu-full --cases small,awd --base benchmarks/results/cpu-full.json
+    python -m benchmarks.run --preset gpu --json benchmarks/results/gpu.json
 
-Prints tables. The exit status is 1 where a case's numbers are wrong or it failed (it then has no speed), else 0. A
-missed target does not fail the run: it stands in the table.
+Prints tables; ``--preset cpu`` ends with the model of :mod:`benchmarks.character_model`. The exit status is 1 where a
+case's numbers are wrong or it failed (it then has no speed), or where that model misses its mark, else 0. A missed
+target does not fail the run: it stands in the table.
 """
 
 from __future__ import annotations
@@ -35,6 +37,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="threads of torch and of the kernels (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, help="time for the pairs of each case (default: the preset's)")
     parser.add_argument("--backend", default="", help="fusedreg's backend (default: the device's own kernels)")
+    parser.add_argument(
+        "--character-model",
+        action=argparse.BooleanOptionalAction,
+        help="end with the model trained on Shakespeare's plays (default: with --preset cpu, unless --cases is given)",
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory measurements")
     return parser.parse_args(arguments)
 
@@ -111,6 +118,19 @@ def show(found: results.Results, console: Console) -> None:
         console.print(line, highlight=False, markup=False)
 
 
+def run_character_model(options: argparse.Namespace, preset: Preset) -> int:
+    """The character model with the same options; its results go beside the cases', its status is returned."""
+    from benchmarks import character_model
+
+    arguments = ["--device", preset.device, "--backend", preset.backend]
+    if options.json is not None:
+        path = options.json.with_name(f"{options.json.stem}-character_model.json")
+        arguments += ["--json", str(path)]
+    if options.plots is not None:
+        arguments += ["--plots", str(options.plots)]
+    return character_model.main(arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = parse(arguments)
@@ -144,6 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         for path in plot_ratios(found, options.plots):
             console.print(f"plot: {path}")
+    if options.character_model or (options.character_model is None and preset.character_model and not options.cases):
+        status = run_character_model(options, preset)
+        if status != 0:
+            return status
     wrong = any(row["status"] in ("wrong", "failed") for case in found["cases"] for row in case["comparisons"])
     return int(wrong)
 

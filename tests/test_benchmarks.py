@@ -379,6 +379,15 @@ def test_rates_are_measured_or_absent() -> None:
     assert all(row["gflops"] > 0 for row in loop)
 
 
+def test_a_run_can_end_with_the_character_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr(character_model, "main", lambda arguments: called.append(arguments) or 0)
+    arguments = ["--preset", "tiny", "--backend", "reference", "--cases", "act", "--no-memory"]
+    assert run.main([*arguments, "--character-model", "--json", str(tmp_path / "run.json")]) == 0
+    assert called == [["--device", "cpu", "--backend", "reference", "--json", f"{tmp_path}/run-character_model.json"]]
+    assert PRESETS["cpu"].character_model
+
+
 # The character model
 
 
