@@ -295,8 +295,9 @@ def test_gradcheck_to_second_order(case: str) -> None:
     assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
 
 
-def test_lengths_are_clamped() -> None:
-    parameters, options, x = make_parameters(), LayerOptions(), normal(STEPS, ROWS, INPUTS)
+@pytest.mark.parametrize("direction", [0, 1])
+def test_lengths_are_clamped(direction: int) -> None:
+    parameters, options, x = make_parameters(), LayerOptions(direction=direction), normal(STEPS, ROWS, INPUTS)
     wild = lstm_layer(x, None, None, parameters, options, lengths=torch.tensor([99, 6, -3, 1]))
     tame = lstm_layer(x, None, None, parameters, options, lengths=torch.tensor([6, 6, 0, 1]))
     assert torch.equal(wild.output, tame.output)
