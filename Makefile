@@ -13,7 +13,8 @@
 #   TORCH=torch==2.10.0       another torch. From some registries the Linux package brings several gigabytes of CUDA;
 #                             pip's own settings (PIP_INDEX_URL and the like) choose where it comes from.
 #   SETUP=0                   installs nothing: PYTHON is an environment that has everything already
-#   TESTS=tests/test_x.py     what `make test` and `make sanitize` run;  ARGUMENTS="-k name -x" go to pytest
+#   TESTS=tests/test_x.py     what `make test` and `make sanitize` run
+#   ARGUMENTS="-k name -x"    goes to pytest
 #   BENCH="--preset full"     arguments of `make bench`
 
 SHELL := /bin/bash
@@ -47,7 +48,7 @@ PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-
 .PHONY: help build test lint bench sanitize format clean
 
 help:
-	@sed -n 's/^#\( \|$$\)//p' Makefile
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 ifneq ($(SETUP),0)
 # The stamp is named after the torch it was made with, so that another TORCH makes the environment anew.
@@ -99,7 +100,7 @@ bench: build
 	$(RUN) -m benchmarks.run $(BENCH)
 
 sanitize: build
-	$(RUN) tools/sanitize.py --tests '$(TESTS)' -- $(ARGUMENTS)
+	$(RUN) tools/sanitize.py --tests '$(filter-out tests,$(TESTS))' -- $(ARGUMENTS)
 
 clean:
 	rm -rf build dist *.egg-info $(EXTENSION) .mypy_cache .ruff_cache .pytest_cache

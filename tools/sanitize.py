@@ -27,6 +27,22 @@ DRIVERS = [
 ]
 # Leaks: Python and torch keep much until the end that looks like one.
 ASAN_OPTIONS = "detect_leaks=0:abort_on_error=0:exitcode=99:detect_stack_use_after_return=1"
+# The files whose tests run kernels; the rest is Python over the reference.
+KERNEL_TESTS = [
+    f"tests/test_{name}.py"
+    for name in [
+        "registration",
+        "parity",
+        "memory_safety",
+        "threads",
+        "peer_errors",
+        "random_options",
+        "ops",
+        "functional",
+        "modules",
+        "bad_inputs",
+    ]
+]
 NOT_UNDER_SANITIZERS = "not slow and not compile and not build"
 
 
@@ -92,13 +108,19 @@ def main() -> int:
     """Builds and runs what is asked for; 0 where the sanitizers had nothing to say."""
     parser = argparse.ArgumentParser(description="The kernels under the compilers' sanitizers.")
     parser.add_argument("--only", choices=("threads", "tests"), help="one half alone")
-    parser.add_argument("--tests", default="tests", help="what pytest runs, separated by spaces")
+    parser.add_argument(
+        "--tests", default="", help="what pytest runs, separated by spaces (default: what runs kernels)"
+    )
     parser.add_argument("arguments", nargs="*", help="passed to pytest, after --")
     options = parser.parse_args()
     try:
         compiler = native_build.find_compiler()
         threads = run_threads(compiler) if options.only != "tests" else None
-        tests = run_tests(compiler, options.tests.split(), options.arguments) if options.only != "threads" else None
+        tests = (
+            run_tests(compiler, options.tests.split() or KERNEL_TESTS, options.arguments)
+            if options.only != "threads"
+            else None
+        )
     except BuildError as error:
         print(f"\nfusedreg: {error}\n", file=sys.stderr)
         return 1
