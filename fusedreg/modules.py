@@ -414,3 +414,7 @@ class LSTM(nn.Module):
                 "or quantise module.to_torch()"
             )
         self.__dict__["_qconfig"] = None
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        self.__dict__.pop("_qconfig", None)

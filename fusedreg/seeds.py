@@ -127,10 +127,14 @@ def as_seed(seed: Any, device: torch.device | str) -> Tensor:
                 f"one, for instance seed[0]"
             )
         return seed.to(device)
-    if isinstance(seed, (bool, float)) or not hasattr(seed, "__index__"):
+    # An int is asked for first: inside torch.compile a symbolic one answers to nothing else.
+    if isinstance(seed, (bool, float)) or not (isinstance(seed, int) or hasattr(seed, "__index__")):
         raise TypeError(
             f"seed: expected an int or a 0-dimensional int64 tensor, got {seed!r} of type {type(seed).__name__}; pass "
             f"an int"
         )
     # full() writes on the device itself; torch.tensor() would copy from the host.
-    return torch.full((), wrap_to_int64(seed.__index__()), dtype=torch.int64, device=device)
+    value = seed if isinstance(seed, int) else seed.__index__()
+    if not -(2**63) <= value < 2**63:
+        value = wrap_to_int64(value)
+    return torch.full((), value, dtype=torch.int64, device=device)
