@@ -25,23 +25,21 @@ FOLDER = native_build.ROOT / "build" / "sanitize"
 DRIVERS = [
     Unit(native_build.ROOT / "tests" / "native" / f"{name}.cpp", name) for name in ("thread_driver", "team_driver")
 ]
-# Leaks: Python and torch keep much until the end that looks like one.
-ASAN_OPTIONS = "detect_leaks=0:abort_on_error=0:exitcode=99:detect_stack_use_after_return=1"
+# Leaks: Python and torch keep much until the end that looks like one. Use after return: its stack frames are aligned
+# to 32 bytes, and code for AVX-512 that relies on 64 then faults (GCC before 14).
+ASAN_OPTIONS = "detect_leaks=0:exitcode=99:allow_user_segv_handler=0:detect_stack_use_after_return=0"
 # The files whose tests run kernels; the rest is Python over the reference.
 KERNEL_TESTS = [
-    f"tests/test_{name}.py"
-    for name in [
-        "registration",
-        "parity",
-        "memory_safety",
-        "threads",
-        "peer_errors",
-        "random_options",
-        "ops",
-        "functional",
-        "modules",
-        "bad_inputs",
-    ]
+    "tests/test_registration.py",
+    "tests/test_parity.py",
+    "tests/test_memory_safety.py",
+    "tests/test_threads.py",
+    "tests/test_peer_errors.py",
+    "tests/test_random_options.py",
+    "tests/test_ops.py",
+    "tests/test_functional.py",
+    "tests/test_modules.py",
+    "tests/test_bad_inputs.py",
 ]
 NOT_UNDER_SANITIZERS = "not slow and not compile and not build"
 
@@ -98,7 +96,17 @@ def run_tests(compiler: Compiler, tests: list[str], arguments: list[str]) -> int
         "FUSEDREG_CPU_LIBRARY": str(library),
         "PYTHONMALLOC": "malloc",
     }
-    command = [sys.executable, "-m", "pytest", "-m", NOT_UNDER_SANITIZERS, "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        NOT_UNDER_SANITIZERS,
+        "-p",
+        "no:faulthandler",
+        "-p",
+        "no:cacheprovider",
+    ]
     return subprocess.run(
         [*command, *arguments, *tests], env=environment, cwd=native_build.ROOT, check=False
     ).returncode
