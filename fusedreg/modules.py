@@ -16,6 +16,7 @@ from fusedreg import backends, conversion, functional, running_statistics, valid
 from fusedreg.functional import LSTMResult, LSTMResultWithCells, Plan
 from fusedreg.layer import LayerParameters
 from fusedreg.parameters import Architecture, suffix
+from fusedreg.refusals import Refusals
 from fusedreg.regularization import (
     BatchNorm,
     GateMasks,
@@ -28,7 +29,7 @@ from fusedreg.regularization import (
 )
 
 
-class LSTM(nn.Module):
+class LSTM(Refusals, nn.Module):
     """A multi-layer LSTM with its regularisers inside: :class:`torch.nn.LSTM`'s signature, and more.
 
     With every rate zero and no norm it is exactly ``nn.LSTM``, and parameters carry its names, so that a
@@ -392,29 +393,3 @@ class LSTM(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._prepare()
-
-    def __prepare_scriptable__(self) -> Any:
-        raise RuntimeError(
-            "torch.jit.script: expected a module that it can compile, got fusedreg.LSTM; use torch.compile or "
-            "torch.export instead, or module.to_torch() for a plain nn.LSTM"
-        )
-
-    @property
-    def qconfig(self) -> Any:
-        """What ``torch.ao.quantization`` assigns to the modules it is to quantise: refused, but for ``None``."""
-        if "_qconfig" not in self.__dict__:
-            raise AttributeError("qconfig")
-        return None
-
-    @qconfig.setter
-    def qconfig(self, value: Any) -> None:
-        if value is not None:
-            raise NotImplementedError(
-                "quantization: expected fusedreg.LSTM to be left out, got a qconfig for it; set its qconfig to None, "
-                "or quantise module.to_torch()"
-            )
-        self.__dict__["_qconfig"] = None
-
-    @qconfig.deleter
-    def qconfig(self) -> None:
-        self.__dict__.pop("_qconfig", None)

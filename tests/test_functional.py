@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import compiled
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import fusedreg
 from fusedreg import BatchNorm, LayerNorm, Regularization
@@ -119,66 +118,6 @@ def test_cell_states_in_both_layouts(backend: str) -> None:
     torch.testing.assert_close(first.cell_states[0, :, 4:], first.state[1][3])
     assert not first.cell_states[3:, 1].any()
     assert all(gradient.any() for gradient in torch.autograd.grad(first.cell_states.sum(), parameters[:2]))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("enforce_sorted", [True, False])
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("stateful", [False, True])
-def test_packed_sequences(backend: str, enforce_sorted: bool, bidirectional: bool, stateful: bool) -> None:
-    """The same as ``nn.LSTM``, packed alike, for sorted and unsorted rows, with equal lengths among them."""
-    lengths = [5, 4, 4, 1] if enforce_sorted else [4, 1, 5, 4]
-    packed = pack_padded_sequence(random(5, 4, 3), torch.tensor(lengths), enforce_sorted=enforce_sorted)
-    theirs = torch_lstm(bidirectional=bidirectional)
-    cells = 1 + bidirectional
-    hx = (random(cells, 4, 4), random(cells, 4, 4) - 1) if stateful else None
-    result = lstm(
-        packed,
-        hx,
-        list(theirs.parameters()),
-        bidirectional=bidirectional,
-        backend=backend,
-        batch_first=True,
-        return_cell_states=True,
-    )
-    expected, state = theirs(packed, hx)
-    assert isinstance(result, LSTMResultWithCells)
-    for ours in (result.output, result.cell_states):
-        assert isinstance(ours, PackedSequence)
-        assert torch.equal(ours.batch_sizes, expected.batch_sizes)
-        for name in ("sorted_indices", "unsorted_indices"):
-            assert getattr(ours, name) is getattr(packed, name)
-    torch.testing.assert_close(result.output.data, expected.data)
-    torch.testing.assert_close(result.state, state)
-    unpacked, _ = pad_packed_sequence(result.cell_states)
-    last = torch.tensor(lengths) - 1
-    torch.testing.assert_close(unpacked[last, torch.arange(4), :4], result.state[1][0])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("enforce_sorted", [True, False])
-def test_packed_and_padded_draw_the_same_masks(backend: str, enforce_sorted: bool) -> None:
-    """Row b of the masks is the caller's row b, sorted or not."""
-    lengths = [5, 4, 4, 1] if enforce_sorted else [4, 1, 5, 4]
-    input = random(5, 4, 3)
-    packed = pack_padded_sequence(input, torch.tensor(lengths), enforce_sorted=enforce_sorted)
-    options: dict[str, Any] = {"training": True, "regularization": REGULARIZED, "seed": 3, "backend": backend}
-    parameters = list(torch_lstm(num_layers=2).parameters())
-    from_packed = lstm(packed, None, parameters, num_layers=2, **options)
-    from_padded = lstm(input, None, parameters, num_layers=2, lengths=lengths, **options)
-    assert torch.equal(pad_packed_sequence(from_packed.output)[0], from_padded.output)
-    for first, second in zip(from_packed.state, from_padded.state, strict=True):
-        assert torch.equal(first, second)
-
-
-def test_packed_gradients() -> None:
-    rows = [random(4, 3).requires_grad_(), random(2, 3).requires_grad_()]
-    theirs = torch_lstm()
-    result = lstm(pack_sequence(rows), None, list(theirs.parameters()))
-    ours = torch.autograd.grad(result.output.data.pow(2).sum(), rows)
-    right = torch.autograd.grad(theirs(pack_sequence(rows))[0].data.pow(2).sum(), rows)
-    for gradient, expected in zip(ours, right, strict=True):
-        torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -317,25 +256,3 @@ def test_flat_list_with_a_norm(norm: Any) -> None:
         buffers=dict(module.named_buffers()),
     )
     assert torch.equal(result.output, module(random(5, 4, 3))[0])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("packed", [False, True])
-def test_autocast(backend: str, packed: bool) -> None:
-    """Types as ``nn.LSTM`` has them for padded input; cells stay float32; gradients are in the parameters' type."""
-    theirs = nn.LSTM(3, 4, 2)
-    ours = fusedreg.LSTM.from_torch(theirs, backend=backend)
-    input: Any = torch.randn(5, 2, 3)
-    input = pack_sequence([input[:, 0], input[:3, 1]]) if packed else input
-    hx = (torch.randn(2, 2, 4), torch.randn(2, 2, 4))
-    with torch.autocast("cpu", torch.bfloat16):
-        result, expected = ours(input, hx, return_cell_states=True), theirs(input, hx)
-    data = [value.data if packed else value for value in (result.output, expected[0], result.cell_states)]
-    assert data[0].dtype == result.state[1].dtype == torch.bfloat16
-    assert packed or data[1].dtype == expected[1][1].dtype == torch.bfloat16
-    assert data[2].dtype == torch.float32
-    torch.testing.assert_close(data[0].float(), data[1].float(), rtol=0.02, atol=0.02)
-    data[0].float().sum().backward()
-    assert all(parameter.grad.dtype == torch.float32 for parameter in ours.parameters())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert ours.double()(torch.randn(5, 2, 3).double()).output.dtype == torch.float64
