@@ -89,7 +89,7 @@ def lstm_layer(
     dual = forward_ad._current_level >= 0
     if transformed or dual or (torch.is_grad_enabled() and _requires_grad(tensors)):
         save = SAVE_RECOMPUTE if options.recompute else SAVE_GATES
-        results = Layer.apply(*tensors, *encode(options, save))  # type: ignore[no-untyped-call]
+        results = Layer.apply(*tensors, *encode(options, save))
     elif compiling:
         results = forward_operator(*tensors, *encode(options, SAVE_NOTHING))
     else:
