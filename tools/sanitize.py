@@ -71,7 +71,7 @@ def run_threads(compiler: Compiler) -> int:
     """ThreadSanitizer over the drivers, the kernels' once for each instruction set that this processor has."""
     print("ThreadSanitizer: the kernels' parallel region", flush=True)
     threads, team = build_drivers(compiler, FOLDER / "thread", ("thread",))
-    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=0:exitcode=66:second_deadlock_stack=1"}
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:second_deadlock_stack=1"}
     # Its shadow memory has a fixed place, which the randomised layout of newer kernels may have given away.
     fixed = ["setarch", platform.machine(), "-R"] if sys.platform == "linux" else []
     status = 0
