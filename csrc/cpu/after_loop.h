@@ -43,10 +43,10 @@ class AfterLoop {
     const Plan<Storage>& plan = context.plan;
     const BackwardParams& params = context.params;
     if (context.wants_weight_ih) {
-      write_weight(context, share, context.gradient_ih, plan.input_stride, plan.I, false, no_steps, params.grad_weight_ih);
+      write_weight(context, share, context.gradient_ih, plan.I, false, no_steps, params.grad_weight_ih);
     }
     if (context.wants_weight_hh) {
-      write_weight(context, share, context.gradient_hh, plan.hidden_stride, plan.H, plan.weight_dropout.drawn, no_steps,
+      write_weight(context, share, context.gradient_hh, plan.H, plan.weight_dropout.drawn, no_steps,
                    params.grad_weight_hh);
     }
     for (int64_t rank = share.worker; rank < plan.B; rank += share.workers) write_states(context, rank);
@@ -98,13 +98,13 @@ class AfterLoop {
         weight_gradient<Compute>(context.grad_recurrent + at, plan.gate_stride,
                                  context.hidden_panels + (plan.untied_hidden ? gate * copy : 0), pairs,
                                  plan.padded_hidden, first, last, turned,
-                                 context.gradient_hh + at * plan.hidden_stride, plan.hidden_stride, accumulate);
+                                 context.gradient_hh.gate(gate), context.gradient_hh.row_stride, accumulate);
       }
       if (context.wants_weight_ih) {
         const int64_t copy = rounded_up(plan.padded_input, panel_width) * pairs;
         weight_gradient<Compute>(context.grad_input_gates + at, plan.gate_stride,
                                  context.input_panels + (plan.untied_input ? gate * copy : 0), pairs, plan.padded_input,
-                                 first, last, turned, context.gradient_ih + at * plan.input_stride, plan.input_stride,
+                                 first, last, turned, context.gradient_ih.gate(gate), context.gradient_ih.row_stride,
                                  accumulate);
       }
     }
@@ -114,11 +114,10 @@ class AfterLoop {
   static void input_gradient(const Context& context, const Share& share, int64_t first_step, int64_t first,
                              int64_t last) {
     const Plan<Storage>& plan = context.plan;
-    const int64_t depth = 4 * plan.padded_hidden;
+    const ColumnPanels<Compute> panels = context.input_column_panels();
     int64_t* ranks = reinterpret_cast<int64_t*>(context.room_of(share));
     Storage* grad_input = static_cast<Storage*>(context.params.grad_input);
     for (int64_t begin = 0; begin < plan.padded_input; begin += panel_width) {
-      const Compute* panel = context.packed_ih + begin * depth;
       const int vectors = static_cast<int>(smaller(kTileVectors, (plan.padded_input - begin) / width));
       for_each_tile(last - first, [&](int64_t offset, int rows) {
         Compute sum[kTileRows * panel_width];
@@ -129,21 +128,14 @@ class AfterLoop {
           to[m] = grad_input + (plan.position(rank, s) * plan.B + plan.order[rank]) * plan.I;
         });
         const Compute* dr = context.grad_input_gates + (first + offset) * plan.gate_stride;
-        if (!plan.untied_input) {
-          column_tile<Compute>(rows, vectors, dr, plan.gate_stride, panel, plan.padded_hidden, sum);
+        if (plan.untied_input) {
+          const auto mask_of = [&](int m, int gate) {
+            return context.masks.input + (ranks[m] * 4 + gate) * plan.padded_input + begin;
+          };
+          masked_column_tile<Compute>(rows, vectors, dr, plan.gate_stride, panels, begin / panel_width,
+                                      plan.padded_hidden, mask_of, sum);
         } else {
-          Compute part[kTileRows * panel_width];
-          for (int gate = 0; gate < 4; ++gate) {
-            gate_column_tile<Compute>(gate, rows, vectors, dr, plan.gate_stride, panel, plan.padded_hidden, part);
-            for (int m = 0; m < rows; ++m) {
-              const Compute* mask = context.masks.input + (ranks[m] * 4 + gate) * plan.padded_input + begin;
-              for (int v = 0; v < vectors; ++v) {
-                const int64_t at = m * panel_width + v * width;
-                const V share_of_gate = load<Compute>(part + at) * load<Compute>(mask + v * width);
-                store<Compute>(sum + at, gate == 0 ? share_of_gate : load<Compute>(sum + at) + share_of_gate);
-              }
-            }
-          }
+          column_tile<Compute>(rows, vectors, dr, plan.gate_stride, panels, begin / panel_width, plan.padded_hidden, sum);
         }
         for (int m = 0; m < rows; ++m) {
           for (int v = 0; v < vectors; ++v) {
@@ -167,30 +159,35 @@ class AfterLoop {
       if (context.wants_bias) {
         for (int gate = 0; gate < 4; ++gate) {
           const int64_t at = gate * plan.padded_hidden + unit;
-          V sum = load<Compute>(context.gradient_bias + at);
-          for (int64_t pair = 0; pair < pairs; ++pair) {
-            sum += load<Compute>(context.grad_gates + pair * plan.gate_stride + at);
+          V total = load<Compute>(context.gradient_bias + at);
+          for (int64_t begin = 0; begin < pairs; begin += kSummedInARow) {
+            const int64_t end = smaller(begin + kSummedInARow, pairs);
+            V sum{};
+            for (int64_t pair = begin; pair < end; ++pair) {
+              sum += load<Compute>(context.grad_gates + pair * plan.gate_stride + at);
+            }
+            total += sum;
           }
-          store<Compute>(context.gradient_bias + at, sum);
+          store<Compute>(context.gradient_bias + at, total);
         }
       }
       if (plan.in.options.norm == NormKind::Layer) layer_norm_column_sums(context, unit, first_step, pairs);
     }
   }
 
-  static void write_weight(const Context& context, const Share& share, const Compute* gradient, int64_t stride,
-                           int64_t columns, bool dropped, bool no_steps, void* result) {
+  static void write_weight(const Context& context, const Share& share, const AccumulatedWeight<Compute>& gradient, int64_t columns, bool dropped, bool no_steps, void* result) {
+    if (gradient.in_place && !no_steps) return;
     const Plan<Storage>& plan = context.plan;
     Compute* mask = context.room_of(share);
     int64_t first, last;
     split(plan.H, kTileRows, share.worker, share.workers, first, last);
-    for (int64_t gate = 0; gate < 4; ++gate) {
+    for (int gate = 0; gate < 4; ++gate) {
       for (int64_t unit = first; unit < last; ++unit) {
         const int64_t row = gate * plan.H + unit;
         if (dropped) {
           fill_weight_mask<Compute>(plan.weight_dropout, plan.key, plan.in.options.weight_mask_row, row, columns, mask);
         }
-        const Compute* from = gradient + (gate * plan.padded_hidden + unit) * stride;
+        const Compute* from = gradient.gate(gate) + unit * gradient.row_stride;
         Storage* to = static_cast<Storage*>(result) + row * columns;
         for (int64_t column = 0; column < columns; column += width) {
           V value = no_steps ? V{} : load<Compute>(from + column);

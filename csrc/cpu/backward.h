@@ -55,9 +55,12 @@ class Backward {
     const int64_t hidden_panels = (share.last_unit - share.first_unit + panel_width - 1) / panel_width;
     int64_t first_panel = 0, last_panel = hidden_panels;
     if (by_rows) split(hidden_panels, 1, share.worker, share.workers, first_panel, last_panel);
-    pack_column_panels(plan, static_cast<const Storage*>(plan.in.weight_hh), plan.H, plan.weight_dropout.drawn,
-                       share.first_unit, share.last_unit, first_panel, last_panel, room, hidden_panels_of(context, share));
-    if (context.wants_input) {
+    if (context.packed_hh != nullptr) {
+      pack_column_panels(plan, static_cast<const Storage*>(plan.in.weight_hh), plan.H, plan.weight_dropout.drawn,
+                         share.first_unit, share.last_unit, first_panel, last_panel, room,
+                         context.packed_hidden_panels(share));
+    }
+    if (context.packed_ih != nullptr) {
       const int64_t input_panels = (plan.I + panel_width - 1) / panel_width;
       split(input_panels, 1, share.worker, share.workers, first_panel, last_panel);
       pack_column_panels(plan, static_cast<const Storage*>(plan.in.weight_ih), plan.I, false, 0, plan.I, first_panel,
@@ -88,12 +91,6 @@ class Backward {
 
   static void clear(Compute* values, int64_t count) {
     if (values != nullptr) __builtin_memset(values, 0, static_cast<size_t>(count) * sizeof(Compute));
-  }
-
-  // Rows: one set of panels for all. Units: a set for each worker, of its own units.
-  static Compute* hidden_panels_of(const Context& context, const Share& share) {
-    if (context.plan.division == Division::Rows) return context.packed_hh;
-    return context.packed_hh + (share.first_unit + share.worker * panel_width) * 4 * context.plan.padded_hidden;
   }
 
   static void load_final_gradients(const Context& context, int64_t rank) {
@@ -222,30 +219,21 @@ class Backward {
   static void hidden_gradient(const Context& context, const Share& share, const GradientRow<Storage>* rows,
                               int64_t count) {
     const Plan<Storage>& plan = context.plan;
-    const int64_t depth = 4 * plan.padded_hidden;
-    const Compute* panels = hidden_panels_of(context, share);
+    const ColumnPanels<Compute> panels = context.hidden_column_panels(share);
     const int64_t row_stride = share.rank_step * plan.gate_stride;
     for (int64_t begin = share.first_unit; begin < share.last_unit; begin += panel_width) {
-      const Compute* panel = panels + (begin - share.first_unit) * depth;
+      const int64_t panel = (begin - share.first_unit) / panel_width;
       const int vectors = static_cast<int>(smaller(kTileVectors, (share.last_unit - begin) / width));
       for_each_tile(count, [&](int64_t first, int tile_rows) {
         Compute sum[kTileRows * panel_width];
         const Compute* da = rows[first].grad_recurrent;
-        if (!plan.untied_hidden) {
-          column_tile<Compute>(tile_rows, vectors, da, row_stride, panel, plan.padded_hidden, sum);
+        if (plan.untied_hidden) {
+          const auto mask_of = [&](int m, int gate) {
+            return context.masks.hidden + (rows[first + m].rank * 4 + gate) * plan.padded_hidden + begin;
+          };
+          masked_column_tile<Compute>(tile_rows, vectors, da, row_stride, panels, panel, plan.padded_hidden, mask_of, sum);
         } else {
-          Compute part[kTileRows * panel_width];
-          for (int gate = 0; gate < 4; ++gate) {
-            gate_column_tile<Compute>(gate, tile_rows, vectors, da, row_stride, panel, plan.padded_hidden, part);
-            for (int m = 0; m < tile_rows; ++m) {
-              const Compute* mask = context.masks.hidden + (rows[first + m].rank * 4 + gate) * plan.padded_hidden + begin;
-              for (int v = 0; v < vectors; ++v) {
-                const int64_t at = m * panel_width + v * width;
-                const V share_of_gate = load<Compute>(part + at) * load<Compute>(mask + v * width);
-                store<Compute>(sum + at, gate == 0 ? share_of_gate : load<Compute>(sum + at) + share_of_gate);
-              }
-            }
-          }
+          column_tile<Compute>(tile_rows, vectors, da, row_stride, panels, panel, plan.padded_hidden, sum);
         }
         for (int m = 0; m < tile_rows; ++m) {
           const GradientRow<Storage>& row = rows[first + m];

@@ -41,9 +41,16 @@ class BatchNormBackward {
                                                                gate * plan_.H + unit, units_at(unit), of_batch);
         const V scale = moments.scale(plan_.in.norm_eps);
         const V factor = scale * load<Compute>(context_.norm.input_gain + at);
-        V sum{};
         const V products = load<Compute>(context_.gradient_input_gain + at);
-        for (int64_t pair = 0; pair < pairs; ++pair) sum += load<Compute>(context_.grad_gates + pair * plan_.gate_stride + at);
+        V sum{};
+        for (int64_t begin = 0; begin < pairs; begin += kSummedInARow) {
+          const int64_t end = smaller(begin + kSummedInARow, pairs);
+          V part{};
+          for (int64_t pair = begin; pair < end; ++pair) {
+            part += load<Compute>(context_.grad_gates + pair * plan_.gate_stride + at);
+          }
+          sum += part;
+        }
         const V mean = of_batch ? sum * inverse : V{};
         const V slope = of_batch ? products * inverse : V{};
         for_each_pair(plan_, first_step, 0, pairs, [&](int64_t pair, int64_t rank, int64_t s) {

@@ -65,7 +65,7 @@ struct ForwardContext {
   MaskTables<Storage> masks;
   NormTables<Storage> norm;
   Barrier barrier;
-  Compute* packed_ih = nullptr;  // gate panels
+  Compute* packed_ih = nullptr;  // gate panels; null: the weight is read where it stands
   Compute* packed_hh = nullptr;
   Compute* bias = nullptr;       // [4][padded_hidden]
   Compute* inputs = nullptr;     // the chunk's inputs, unless they are read where they stand
@@ -90,6 +90,7 @@ struct ForwardContext {
     worker_room_size = rounded_up(larger(larger(pack_room, norm_room), 4 * plan.padded_hidden), kWidth<Compute>);
   }
 
+  const Storage* weight_hh() const { return static_cast<const Storage*>(plan.in.weight_hh); }
   int hidden_copies() const { return plan.untied_hidden ? 4 : 1; }
   int64_t exchange_stride() const { return hidden_copies() * plan.hidden_stride; }
 
@@ -97,8 +98,8 @@ struct ForwardContext {
     plan.take_tables(arena);
     masks.take(plan, arena);
     norm.take(plan, arena);
-    packed_ih = arena.take<Compute>(4 * plan.padded_hidden * plan.I);
-    packed_hh = arena.take<Compute>(4 * plan.padded_hidden * plan.H);
+    if (!plan.few_pairs) packed_ih = arena.take<Compute>(4 * plan.padded_hidden * plan.I);
+    if (!plan.few_pairs || plan.weight_dropout.drawn) packed_hh = arena.take<Compute>(4 * plan.padded_hidden * plan.H);
     bias = arena.take<Compute>(4 * plan.padded_hidden);
     if (!inputs_in_place) {
       inputs = arena.take<Compute>(plan.largest_chunk * plan.input_stride * (plan.untied_input ? 4 : 1));

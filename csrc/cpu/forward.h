@@ -45,10 +45,14 @@ class Forward {
       split(plan.padded_hidden, width, share.worker, share.workers, first_unit, last_unit);
     }
     Compute* room = context.room_of(share);
-    pack_gate_panels(plan, static_cast<const Storage*>(plan.in.weight_ih), plan.I, false, first_unit, last_unit, room,
-                     context.packed_ih);
-    pack_gate_panels(plan, static_cast<const Storage*>(plan.in.weight_hh), plan.H, plan.weight_dropout.drawn,
-                     first_unit, last_unit, room, context.packed_hh);
+    if (context.packed_ih != nullptr) {
+      pack_gate_panels(plan, static_cast<const Storage*>(plan.in.weight_ih), plan.I, false, first_unit, last_unit, room,
+                       context.packed_ih);
+    }
+    if (context.packed_hh != nullptr) {
+      pack_gate_panels(plan, context.weight_hh(), plan.H, plan.weight_dropout.drawn, first_unit, last_unit, room,
+                       context.packed_hh);
+    }
     if (share.worker == 0) {
       gather_bias(plan, context.bias);
       context.norm.fill(plan, context.bias, room);
@@ -135,9 +139,16 @@ class Forward {
       gather_inputs(plan, context.masks.input, first_step, first, last, context.inputs);
       if (!by_rows) context.barrier.wait(share.workers);
     }
-    gate_product<Compute>(left, left_stride, plan.untied_input ? plan.input_stride : 0, plan.I, context.packed_ih,
-                          share.first_unit, share.last_unit, by_rows ? first : 0, by_rows ? last : pairs,
-                          plan.padded_hidden, context.input_gates, plan.gate_stride, false);
+    const int64_t copy_stride = plan.untied_input ? plan.input_stride : 0;
+    const int64_t first_pair = by_rows ? first : 0, last_pair = by_rows ? last : pairs;
+    if (context.packed_ih == nullptr) {
+      direct_gate_product(plan, left, left_stride, copy_stride, plan.I, plan.in.weight_ih, share.first_unit,
+                          share.last_unit, first_pair, last_pair, context.input_gates);
+    } else {
+      gate_product<Compute>(left, left_stride, copy_stride, plan.I, context.packed_ih, share.first_unit,
+                            share.last_unit, first_pair, last_pair, plan.padded_hidden, context.input_gates,
+                            plan.gate_stride, false);
+    }
     if (by_rows) context.barrier.wait(share.workers);
     BatchNormForward<Storage> batch_norm(context, share);
     if (plan.in.options.norm == NormKind::Batch) batch_norm.take_sequence_statistics(pairs);

@@ -42,6 +42,18 @@ struct CellTrace {
   Vector<Compute> grad_previous_cell;  // zoneout's part
 };
 
+// A weight's gradient while it is accumulated over the chunks: [gate][unit][column], in scratch or, where the result
+// has the compute type and whole vectors a row, in the result itself.
+template <class Compute>
+struct AccumulatedWeight {
+  Compute* values = nullptr;
+  int64_t row_stride = 0;
+  int64_t gate_stride = 0;
+  bool in_place = false;
+
+  Compute* gate(int gate) const { return values + gate * gate_stride; }
+};
+
 template <class Storage>
 struct BackwardContext {
   using Compute = ComputeOf<Storage>;
@@ -57,7 +69,7 @@ struct BackwardContext {
   bool rebuilds;  // the gates were not kept
   bool wants_weight_ih, wants_weight_hh, wants_input, wants_bias;
 
-  Compute* packed_ih = nullptr;       // column panels
+  Compute* packed_ih = nullptr;       // column panels; null: the weight is read where it stands
   Compute* packed_hh = nullptr;
   Compute* packed_gates_ih = nullptr; // gate panels, to rebuild with
   Compute* packed_gates_hh = nullptr;
@@ -75,8 +87,7 @@ struct BackwardContext {
   Compute* grad_hidden_state = nullptr;
   Compute* grad_cell_state = nullptr;
   Compute* grad_direct = nullptr;
-  Compute* gradient_ih = nullptr;  // [gate][padded unit][column], accumulated over the chunks
-  Compute* gradient_hh = nullptr;
+  AccumulatedWeight<Compute> gradient_ih, gradient_hh;
   Compute* gradient_bias = nullptr;  // [gate][padded unit], and so the norms'
   Compute* gradient_input_gain = nullptr;
   Compute* gradient_recurrent_gain = nullptr;
@@ -111,8 +122,10 @@ struct BackwardContext {
     masks.take(plan, arena);
     norm.take(plan, arena);
     const int64_t gates = 4 * plan.padded_hidden, chunk = plan.largest_chunk;
-    packed_hh = arena.take<Compute>((plan.padded_hidden + plan.asked * panel_width) * gates);
-    if (wants_input) packed_ih = arena.take<Compute>(rounded_up(plan.I, panel_width) * gates);
+    if (!reads_in_place(plan.H) || plan.weight_dropout.drawn) {
+      packed_hh = arena.take<Compute>((plan.padded_hidden + plan.asked * panel_width) * gates);
+    }
+    if (wants_input && !reads_in_place(plan.I)) packed_ih = arena.take<Compute>(rounded_up(plan.I, panel_width) * gates);
     bias = arena.take<Compute>(gates);
     if (rebuilds) {
       packed_gates_ih = arena.take<Compute>(gates * plan.I);
@@ -124,11 +137,11 @@ struct BackwardContext {
     if (rebuilds || wants_weight_hh) hidden_rows = arena.take<Compute>(chunk * plan.hidden_stride * hidden_copies());
     if (wants_weight_ih) {
       input_panels = arena.take<Compute>(chunk * rounded_up(plan.I, panel_width) * input_copies());
-      gradient_ih = arena.take<Compute>(gates * plan.input_stride);
+      take_gradient(arena, params.grad_weight_ih, plan.I, plan.input_stride, false, gradient_ih);
     }
     if (wants_weight_hh) {
       hidden_panels = arena.take<Compute>(chunk * rounded_up(plan.H, panel_width) * hidden_copies());
-      gradient_hh = arena.take<Compute>(gates * plan.hidden_stride);
+      take_gradient(arena, params.grad_weight_hh, plan.H, plan.hidden_stride, plan.weight_dropout.drawn, gradient_hh);
     }
     grad_gates = arena.take<Compute>(chunk * plan.gate_stride);
     grad_recurrent = plan.in.options.norm_recurrent ? arena.take<Compute>(chunk * plan.gate_stride) : grad_gates;
@@ -146,6 +159,36 @@ struct BackwardContext {
     }
     worker_room = arena.take<Compute>(worker_room_size * plan.asked);
     worker_rows = arena.take<GradientRow<Storage>>(plan.B * plan.asked);
+  }
+
+  bool whole_vectors(int64_t columns) const { return sizeof(Storage) == sizeof(Compute) && columns % width == 0; }
+  // Whether a weight (4H, columns) can serve as the right side of dz W without being packed, and it pays.
+  bool reads_in_place(int64_t columns) const {
+    return plan.few_pairs && whole_vectors(columns) && whole_vectors(plan.H);
+  }
+
+  void take_gradient(Arena& arena, void* result, int64_t columns, int64_t padded_stride, bool masked,
+                     AccumulatedWeight<Compute>& gradient) const {
+    gradient.in_place = whole_vectors(columns) && !masked;
+    gradient.row_stride = gradient.in_place ? columns : padded_stride;
+    gradient.gate_stride = gradient.row_stride * (gradient.in_place ? plan.H : plan.padded_hidden);
+    gradient.values = gradient.in_place ? static_cast<Compute*>(result) : arena.take<Compute>(4 * gradient.gate_stride);
+  }
+
+  // The panels of W_hh that a worker multiplies with: one set for all, or a set of its own units.
+  Compute* packed_hidden_panels(const Share& share) const {
+    if (plan.division == Division::Rows) return packed_hh;
+    return packed_hh + (share.first_unit + share.worker * panel_width) * 4 * plan.padded_hidden;
+  }
+  ColumnPanels<Compute> hidden_column_panels(const Share& share) const {
+    return column_panels(packed_hh == nullptr ? nullptr : packed_hidden_panels(share), plan.in.weight_hh, plan.H,
+                         share.first_unit);
+  }
+  ColumnPanels<Compute> input_column_panels() const { return column_panels(packed_ih, plan.in.weight_ih, plan.I, 0); }
+  ColumnPanels<Compute> column_panels(const Compute* packed, const void* weight, int64_t columns,
+                                      int64_t first_column) const {
+    if (packed != nullptr) return {packed, 4 * plan.padded_hidden * panel_width, panel_width};
+    return {static_cast<const Compute*>(weight) + first_column, panel_width, columns};
   }
 
   Compute* room_of(const Share& share) const { return worker_room + worker_room_size * share.worker; }

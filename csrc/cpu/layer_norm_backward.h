@@ -125,12 +125,7 @@ static void layer_norm_column_sums(const BackwardContext<Storage>& context, int6
   const Plan<Storage>& plan = context.plan;
   const Options& options = plan.in.options;
   const LayerOutputs& saved = context.params.saved;
-  V input[4], recurrent[4];
-  V cell_gain = load<Compute>(context.gradient_cell_gain + unit), cell_shift = load<Compute>(context.gradient_cell_shift + unit);
-  for (int gate = 0; gate < 4; ++gate) {
-    input[gate] = load<Compute>(context.gradient_input_gain + gate * plan.padded_hidden + unit);
-    recurrent[gate] = load<Compute>(context.gradient_recurrent_gain + gate * plan.padded_hidden + unit);
-  }
+  V input[4] = {}, recurrent[4] = {}, cell_gain{}, cell_shift{};  // of this chunk
   for_each_pair(plan, first_step, 0, pairs, [&](int64_t pair, int64_t rank, int64_t s) {
     const int64_t t = plan.position(rank, s), b = plan.order[rank];
     const int64_t scratch = pair * plan.gate_stride, kept = (t * plan.B + b) * 4 * plan.H;
@@ -159,11 +154,12 @@ static void layer_norm_column_sums(const BackwardContext<Storage>& context, int6
       cell_gain += load<Compute>(terms + plan.padded_hidden + unit);
     }
   });
-  store<Compute>(context.gradient_cell_gain + unit, cell_gain);
-  store<Compute>(context.gradient_cell_shift + unit, cell_shift);
+  const auto add_to = [](Compute* total, V sum) { store<Compute>(total, load<Compute>(total) + sum); };
+  add_to(context.gradient_cell_gain + unit, cell_gain);
+  add_to(context.gradient_cell_shift + unit, cell_shift);
   for (int gate = 0; gate < 4; ++gate) {
-    store<Compute>(context.gradient_input_gain + gate * plan.padded_hidden + unit, input[gate]);
-    store<Compute>(context.gradient_recurrent_gain + gate * plan.padded_hidden + unit, recurrent[gate]);
+    add_to(context.gradient_input_gain + gate * plan.padded_hidden + unit, input[gate]);
+    add_to(context.gradient_recurrent_gain + gate * plan.padded_hidden + unit, recurrent[gate]);
   }
 }
 

@@ -81,6 +81,7 @@ struct Plan {
   bool output_is_hidden;  // y is the carried h itself
   bool has_norm;
   bool batch_statistics;  // batch norm takes its statistics from the batch
+  bool few_pairs;         // so few rows that packing a weight costs more than it brings
 
   // Tables, filled by `prepare`.
   int64_t* order;   // rank -> row of the caller
@@ -119,6 +120,8 @@ struct Plan {
     has_norm = options.norm != NormKind::None;
     batch_statistics = options.norm == NormKind::Batch && training;
     output_is_hidden = !dropout.drawn && !output_dropout.drawn && !(options.zoneout_candidate && zones_hidden());
+
+    few_pairs = T * B <= kFewPairs;
 
     // Pairs a chunk: enough for the products before and after the loop to run at a product's rate, few enough for
     // what they exchange with the loop to stay in cache. One chunk where a statistic runs over the whole sequence.
@@ -195,6 +198,7 @@ struct Plan {
 
  private:
   static constexpr int64_t kChunkPairs = 512;
+  static constexpr int64_t kFewPairs = 32;
 
   void choose_division(int threads) {
     // Below this much work a second worker costs more than it brings.

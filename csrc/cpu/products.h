@@ -1,6 +1,7 @@
 // The products outside the loop: input and rebuilt recurrent pre-activations, weight gradients, input gradients.
 #pragma once
 
+#include "direct.h"
 #include "pack.h"
 
 namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE {
@@ -17,6 +18,20 @@ static void gate_product(const Compute* left, int64_t left_stride, int64_t copy_
       multiply_tile<Compute>(rows, kTileVectors,
                              {left + pair * left_stride, left_stride, 1, copy_stride, panels + unit * 4 * depth,
                               4 * width, depth, out + pair * out_stride + unit, out_stride, padded_hidden, accumulate});
+    });
+  }
+}
+
+// The same with a weight that was not packed.
+template <class Storage>
+static void direct_gate_product(const Plan<Storage>& plan, const ComputeOf<Storage>* left, int64_t left_stride,
+                                int64_t copy_stride, int64_t columns, const void* weight, int64_t first_unit,
+                                int64_t last_unit, int64_t first_pair, int64_t last_pair, ComputeOf<Storage>* out) {
+  for (int64_t unit = first_unit; unit < last_unit; unit += kWidth<ComputeOf<Storage>>) {
+    for_each_tile(last_pair - first_pair, [&](int64_t row, int rows) {
+      const int64_t pair = first_pair + row;
+      dot_tile(plan, rows, left + pair * left_stride, left_stride, copy_stride, static_cast<const Storage*>(weight),
+               columns, unit, out + pair * plan.gate_stride + unit, plan.gate_stride, plan.padded_hidden);
     });
   }
 }
@@ -71,7 +86,7 @@ static void pack_pair_panels(const Compute* rows, int64_t row_stride, int64_t pa
   }
 }
 
-// gradient[gate][unit][column] += sum over pairs of dz[pair][gate][unit] * right[pair][column], for one gate and a
+// gradient[unit][column] += sum over pairs of dz[pair][unit] * right[pair][column], for one gate and a
 // range of units. `left` is room for one tile of dz, turned so that its pairs run last.
 template <class Compute>
 static void weight_gradient(const Compute* dz, int64_t dz_stride, const Compute* panels, int64_t pairs,
@@ -94,25 +109,48 @@ static void weight_gradient(const Compute* dz, int64_t dz_stride, const Compute*
   });
 }
 
-// One tile of dz W: rows x up to four vectors of columns, over all gates, or, where the left side of each gate had a
-// mask of its own, gate by gate with `masks` (rank by rank: [gate][column]) applied to each gate's share.
+// The right side of dz W: packed panels, or, where few rows meet it, the weight itself.
 template <class Compute>
-FUSEDREG_INLINE void column_tile(int rows, int vectors, const Compute* dz, int64_t dz_row, const Compute* panel,
-                                 int64_t padded_hidden, Compute* out) {
+struct ColumnPanels {
+  const Compute* first;
+  int64_t panel_stride;  // between panels of four vectors of columns
+  int64_t depth_stride;  // between the rows of the weight
+};
+
+// One tile of dz W: rows x up to four vectors of columns, over all gates.
+template <class Compute>
+FUSEDREG_INLINE void column_tile(int rows, int vectors, const Compute* dz, int64_t dz_row,
+                                 const ColumnPanels<Compute>& panels, int64_t panel, int64_t padded_hidden,
+                                 Compute* out) {
   constexpr int width = kWidth<Compute>;
   multiply_tile<Compute>(rows, vectors,
-                         {dz, dz_row, 1, 0, panel, width * kTileVectors, 4 * padded_hidden, out, width * kTileVectors,
-                          width, false});
+                         {dz, dz_row, 1, 0, panels.first + panel * panels.panel_stride, panels.depth_stride,
+                          4 * padded_hidden, out, width * kTileVectors, width, false});
 }
 
-template <class Compute>
-FUSEDREG_INLINE void gate_column_tile(int gate, int rows, int vectors, const Compute* dz, int64_t dz_row,
-                                      const Compute* panel, int64_t padded_hidden, Compute* out) {
+// The same where each gate saw its left side through a mask of its own: gate by gate, each share times its mask.
+// `mask_of` gives the mask of a row of the tile and a gate, at the tile's first column.
+template <class Compute, class MaskOf>
+static void masked_column_tile(int rows, int vectors, const Compute* dz, int64_t dz_row,
+                               const ColumnPanels<Compute>& panels, int64_t panel, int64_t padded_hidden,
+                               const MaskOf& mask_of, Compute* out) {
   constexpr int width = kWidth<Compute>;
   constexpr int panel_width = width * kTileVectors;
-  multiply_tile<Compute>(rows, vectors,
-                         {dz + gate * padded_hidden, dz_row, 1, 0, panel + gate * padded_hidden * panel_width,
-                          panel_width, padded_hidden, out, panel_width, width, false});
+  Compute part[kTileRows * panel_width];
+  for (int gate = 0; gate < 4; ++gate) {
+    multiply_tile<Compute>(rows, vectors,
+                           {dz + gate * padded_hidden, dz_row, 1, 0,
+                            panels.first + panel * panels.panel_stride + gate * padded_hidden * panels.depth_stride,
+                            panels.depth_stride, padded_hidden, part, panel_width, width, false});
+    for (int m = 0; m < rows; ++m) {
+      const Compute* mask = mask_of(m, gate);
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = m * panel_width + v * width;
+        const Vector<Compute> share = load<Compute>(part + at) * load<Compute>(mask + v * width);
+        store<Compute>(out + at, gate == 0 ? share : load<Compute>(out + at) + share);
+      }
+    }
+  }
 }
 
 // a = h W_hh^T of one vector of units for some of a worker's rows at step s.
@@ -122,11 +160,15 @@ FUSEDREG_INLINE void recurrent_tile(const Context& context, const Share& share, 
   using Compute = typename Context::Compute;
   const auto& plan = context.plan;
   const int64_t stride = context.exchange_stride();
+  const Compute* left = context.exchanged[s & 1] + (share.first_rank + first * share.rank_step) * stride;
+  const int64_t copy_stride = plan.untied_hidden ? plan.hidden_stride : 0;
+  if (context.packed_hh == nullptr) {
+    return dot_tile(plan, rows, left, share.rank_step * stride, copy_stride, context.weight_hh(), plan.H, unit, out,
+                    out_row, out_vector);
+  }
   multiply_tile<Compute>(rows, kTileVectors,
-                         {context.exchanged[s & 1] + (share.first_rank + first * share.rank_step) * stride,
-                          share.rank_step * stride, 1, plan.untied_hidden ? plan.hidden_stride : 0,
-                          context.packed_hh + unit * 4 * plan.H, 4 * kWidth<Compute>, plan.H, out, out_row, out_vector,
-                          false});
+                         {left, share.rank_step * stride, 1, copy_stride, context.packed_hh + unit * 4 * plan.H,
+                          4 * kWidth<Compute>, plan.H, out, out_row, out_vector, false});
 }
 
 }  // namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE

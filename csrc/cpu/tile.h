@@ -22,53 +22,58 @@ struct Tile {
   bool accumulate;  // add to what is in out
 };
 
+// Terms summed one after the other before their sum is added to the total: rounding errors grow with the root of this
+// and of the number of such sums, not of the whole depth.
+constexpr int64_t kSummedInARow = 256;
+
 // The order of summation over k is the same whatever Rows is, so that a result does not depend on the tile in which
 // its row happened to fall.
 template <class Compute, int Rows, int Vectors, bool Untied>
 static void tile_kernel(const Tile<Compute>& tile) {
   using V = Vector<Compute>;
   constexpr int width = kWidth<Compute>;
-  V accumulators[Rows][Vectors];
-#pragma GCC unroll 8
-  for (int m = 0; m < Rows; ++m) {
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      accumulators[m][v] =
-          tile.accumulate ? load<Compute>(tile.out + m * tile.out_row + v * tile.out_vector) : V{};
-    }
-  }
   const Compute* rows[Rows];
 #pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m) rows[m] = tile.a + m * tile.a_row;
   const Compute* b = tile.b;
   const int64_t a_depth = tile.a_depth, a_vector = tile.a_vector, b_depth = tile.b_depth;
-  const Compute* const b_end = b + tile.depth * b_depth;
+  bool accumulate = tile.accumulate;
+  int64_t remaining = tile.depth;
+  do {
+    const int64_t depth = remaining < kSummedInARow ? remaining : kSummedInARow;
+    V accumulators[Rows][Vectors] = {};
+    const Compute* const b_end = b + depth * b_depth;
 #pragma GCC unroll 1
-  for (int64_t offset = 0; b != b_end; b += b_depth, offset += a_depth) {
-    V columns[Vectors];
+    for (int64_t offset = 0; b != b_end; b += b_depth, offset += a_depth) {
+      V columns[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) columns[v] = load<Compute>(b + v * width);
+      for (int v = 0; v < Vectors; ++v) columns[v] = load<Compute>(b + v * width);
 #pragma GCC unroll 8
-    for (int m = 0; m < Rows; ++m) {
-      if constexpr (Untied) {
+      for (int m = 0; m < Rows; ++m) {
+        if constexpr (Untied) {
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) {
-          accumulators[m][v] += broadcast<Compute>(rows[m][offset + v * a_vector]) * columns[v];
+          for (int v = 0; v < Vectors; ++v) {
+            accumulators[m][v] += broadcast<Compute>(rows[m][offset + v * a_vector]) * columns[v];
+          }
+        } else {
+          const V value = broadcast<Compute>(rows[m][offset]);
+#pragma GCC unroll 4
+          for (int v = 0; v < Vectors; ++v) accumulators[m][v] += value * columns[v];
         }
-      } else {
-        const V value = broadcast<Compute>(rows[m][offset]);
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) accumulators[m][v] += value * columns[v];
       }
     }
-  }
 #pragma GCC unroll 8
-  for (int m = 0; m < Rows; ++m) {
+    for (int m = 0; m < Rows; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      store<Compute>(tile.out + m * tile.out_row + v * tile.out_vector, accumulators[m][v]);
+      for (int v = 0; v < Vectors; ++v) {
+        Compute* out = tile.out + m * tile.out_row + v * tile.out_vector;
+        store<Compute>(out, accumulate ? load<Compute>(out) + accumulators[m][v] : accumulators[m][v]);
+      }
+      rows[m] += depth * a_depth;
     }
-  }
+    accumulate = true;
+    remaining -= depth;
+  } while (remaining > 0);
 }
 
 template <class Compute, int Vectors, bool Untied>
