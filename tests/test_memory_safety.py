@@ -398,7 +398,7 @@ def test_one_bad_row_stays_alone(backend: str, name: str) -> None:
 # ---- Which gradients are asked for -------------------------------------------------------------------------------
 
 
-@every_backend
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @every_name
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
 def test_any_subset_of_gradients(backend: str, name: str, recompute: bool) -> None:

@@ -223,6 +223,7 @@ def call_module(backend: str, made: dict[str, Any], call: dict[str, Any]) -> dic
 EVERYTHING = Regularization(0.3, 0.3, 0.3, 0.3, 0.3, 0.1, 0.3, 0.2, 0.4)
 
 
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout")
 @settings(max_examples=80)
 @given(made=modules(), call=calls())
 @example(

@@ -149,7 +149,7 @@ def _baseline(case: LayerCase, seeds: int) -> Baseline:
     reference = implementation("reference")
     arguments = tuple(make_arguments(case, seed) for seed in range(seeds))
     orders = []
-    with _threads_for(case):
+    with one_thread(case.rows * case.hidden_size < 2**13):
         values = tuple(run_layer(reference, case, each.to(torch.float64)) for each in arguments)
         for order in (contextlib.nullcontext, PermutedSums):
             with order():
@@ -158,10 +158,10 @@ def _baseline(case: LayerCase, seeds: int) -> Baseline:
 
 
 @contextlib.contextmanager
-def _threads_for(case: LayerCase) -> Iterator[None]:
-    """One thread for small products: on a busy machine, a team's barriers cost a hundred times what it computes."""
+def one_thread(when: bool = True) -> Iterator[None]:
+    """Torch on one thread. On a busy machine, a team's barriers cost a hundred times what a small product does."""
     before = torch.get_num_threads()
-    if case.rows * case.hidden_size < 2**13:
+    if when:
         torch.set_num_threads(1)
     try:
         yield
