@@ -18,9 +18,6 @@ import sys
 from pathlib import Path
 
 import setuptools
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -32,6 +29,10 @@ if int(setuptools.__version__.split(".")[0]) < native_build.MINIMUM_SETUPTOOLS:
         f"fusedreg needs setuptools {native_build.MINIMUM_SETUPTOOLS} or newer to build, got "
         f"{setuptools.__version__}. Run: pip install --upgrade setuptools wheel"
     )
+
+from setuptools import Extension, setup  # noqa: E402  (after the check: older ones lack what comes next)
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 
 class BuildNative(build_ext):
