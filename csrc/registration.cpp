@@ -135,8 +135,8 @@ void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) 
   out.final_cell = results.add(true, shapes.state(), shapes.compute);
   out.cells = results.add(save || options.return_cells, shapes.states(), shapes.compute);
   out.hidden = results.add(save && output_differs, shapes.states(), shapes.storage);
-  out.gates = results.add(save_gates, shapes.gates(), shapes.storage);
-  out.input_gates = results.add(save_gates && has_norm, shapes.gates(), shapes.storage);
+  out.gates = results.add(save_gates, shapes.gates(), shapes.kept_gates(options));
+  out.input_gates = results.add(save_gates && has_norm, shapes.gates(), shapes.compute);
   out.input_statistics =
       results.add(statistics && options.norm_input, shapes.statistics(options, true, width), shapes.compute);
   out.recurrent_statistics =

@@ -22,6 +22,8 @@ def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     hidden_size = weight_hh.shape[0] // 4
     kind, norm_input, norm_recurrent, norm_cell, input_sequence, return_cells, save = options[7:]
     compute = compute_dtype(input.dtype)
+    # Activated gates beside 16-bit inputs are kept in 16-bit fixed point, everything else of a gate unrounded.
+    kept_gates = torch.int16 if compute != input.dtype and kind == NORM_NONE else compute
 
     def new(wanted: Any, *shape: Any, dtype: torch.dtype = input.dtype) -> Tensor:
         value: Tensor = input.new_empty(shape if wanted else (0,), dtype=dtype)
@@ -41,8 +43,8 @@ def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
         new(True, rows, hidden_size, dtype=compute),
         new(save != SAVE_NOTHING or return_cells, steps, rows, hidden_size, dtype=compute),
         new(save != SAVE_NOTHING and hidden_differs(rates, options), steps, rows, hidden_size),
-        new(save == SAVE_GATES, steps, rows, 4 * hidden_size),
-        new(save == SAVE_GATES and kind != NORM_NONE, steps, rows, 4 * hidden_size),
+        new(save == SAVE_GATES, steps, rows, 4 * hidden_size, dtype=kept_gates),
+        new(save == SAVE_GATES and kind != NORM_NONE, steps, rows, 4 * hidden_size, dtype=compute),
         *(
             new(statistics_wanted and site, *shape, dtype=compute)
             for site, shape in zip((norm_input, norm_recurrent, norm_cell), statistics_shapes, strict=True)

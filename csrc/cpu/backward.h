@@ -174,10 +174,11 @@ class Backward {
     const int64_t at = (row.t * plan.B + row.b) * plan.H;
     const int64_t pair = plan.first[s] - plan.first[first_step] + rank;
     const int64_t scratch = pair * plan.gate_stride;
-    const Storage* gates = static_cast<const Storage*>(params.saved.gates);
-    const Storage* input_gates = static_cast<const Storage*>(params.saved.input_gates);
-    row.saved_gates = gates == nullptr ? nullptr : gates + 4 * at;
-    row.saved_input_gates = input_gates == nullptr ? nullptr : input_gates + 4 * at;
+    const char* gates = static_cast<const char*>(params.saved.gates);
+    const char* input_gates = static_cast<const char*>(params.saved.input_gates);
+    const int64_t kept = 4 * at * kept_bytes<Storage>(plan.has_norm);
+    row.saved_gates = gates == nullptr ? nullptr : gates + kept;
+    row.saved_input_gates = input_gates == nullptr ? nullptr : input_gates + kept;
     row.rebuilt_gates = context.rebuilt_gates == nullptr ? nullptr : context.rebuilt_gates + scratch;
     row.rebuilt_input_gates = context.rebuilt_input_gates == nullptr ? nullptr : context.rebuilt_input_gates + scratch;
     row.previous_cell = nullptr;

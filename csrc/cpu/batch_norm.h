@@ -118,9 +118,7 @@ class BatchNormForward {
       for (int gate = 0; gate < 4; ++gate) {
         const V r = load<Compute>(row.input_gates + gate * plan_.padded_hidden + unit);
         const V recurrent = load<Compute>(a + (i * 4 + gate) * width);
-        const int64_t at = gate * plan_.H + unit;
-        if (row.saved_gates != nullptr) store_some(row.saved_gates + at, recurrent, units_at(unit));
-        if (row.saved_input_gates != nullptr) store_some(row.saved_input_gates + at, r, units_at(unit));
+        context_.keep_pre_activations(row, gate, unit, recurrent, r);
         z[gate] = (recurrent - recurrent_mean[gate]) * recurrent_scale[gate] +
                   ((r - input_mean[gate]) * input_scale[gate] + bias[gate]);
       }

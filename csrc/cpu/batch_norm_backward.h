@@ -72,8 +72,9 @@ class BatchNormBackward {
       return load<Compute>(context_.rebuilt_input_gates + pair * plan_.gate_stride + gate * plan_.padded_hidden + unit);
     }
     const int64_t row = plan_.position(rank, s) * plan_.B + plan_.order[rank];
-    return load_some(static_cast<const Storage*>(context_.params.saved.input_gates) + (row * 4 + gate) * plan_.H + unit,
-                     units_at(unit));
+    return kept_raw<Storage>(static_cast<const char*>(context_.params.saved.input_gates) +
+                                 ((row * 4 + gate) * plan_.H + unit) * kept_bytes<Storage>(true),
+                             units_at(unit));
   }
 
   static void add_to(Compute* sums, V value) { store<Compute>(sums, load<Compute>(sums) + value); }

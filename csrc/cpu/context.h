@@ -1,6 +1,7 @@
 // The buffers of one forward call, and one row of the batch at one step.
 #pragma once
 
+#include "kept.h"
 #include "products.h"
 #include "step.h"
 
@@ -51,8 +52,8 @@ struct StepRow {
   // Rows of the results, or null.
   Storage* output;
   Storage* saved_hidden;
-  Storage* saved_gates;
-  Storage* saved_input_gates;
+  char* saved_gates;  // as kept.h lays them out
+  char* saved_input_gates;
   Compute* saved_cell;
 };
 
@@ -125,6 +126,15 @@ struct ForwardContext {
     for (int copy = 0; copy < copies; ++copy) {
       store<Compute>(row.next + copy * plan.hidden_stride + unit, value * load<Compute>(mask + copy * plan.padded_hidden));
     }
+  }
+
+  // Keeps the raw pre-activations of one gate, which the backward of a norm needs.
+  FUSEDREG_METHOD void keep_pre_activations(const StepRow<Storage>& row, int gate, int64_t unit, Vector<Compute> a,
+                                            Vector<Compute> r) const {
+    const int count = static_cast<int>(smaller(kWidth<Compute>, plan.H - unit));
+    const int64_t at = (gate * plan.H + unit) * kept_bytes<Storage>(true);
+    if (row.saved_gates != nullptr) keep_raw<Storage>(row.saved_gates + at, a, count);
+    if (row.saved_input_gates != nullptr) keep_raw<Storage>(row.saved_input_gates + at, r, count);
   }
 
   // The second half of a cell, from o and the candidate cell (and what N_c made of it) to all that is carried and

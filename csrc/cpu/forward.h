@@ -90,12 +90,13 @@ class Forward {
     const Plan<Storage>& plan = context.plan;
     const LayerOutputs& out = context.params.out;
     const size_t hidden_bytes = static_cast<size_t>(plan.H) * sizeof(Storage);
+    const size_t kept_row = 4 * static_cast<size_t>(plan.H * kept_bytes<Storage>(plan.has_norm));
     for (int64_t t = plan.length[rank]; t < plan.T; ++t) {
       const int64_t at = t * plan.B + plan.order[rank];
       clear(out.output, at, hidden_bytes);
       clear(out.hidden, at, hidden_bytes);
-      clear(out.gates, at, 4 * hidden_bytes);
-      clear(out.input_gates, at, 4 * hidden_bytes);
+      clear(out.gates, at, kept_row);
+      clear(out.input_gates, at, kept_row);
       clear(out.cells, at, static_cast<size_t>(plan.H) * sizeof(Compute));
       if (plan.in.options.norm != NormKind::Layer) continue;
       for (void* statistics : {out.input_statistics, out.recurrent_statistics, out.cell_statistics}) {
@@ -182,8 +183,9 @@ class Forward {
     const int64_t at = (row.t * plan.B + row.b) * plan.H;
     row.output = out.output == nullptr ? nullptr : static_cast<Storage*>(out.output) + at;
     row.saved_hidden = out.hidden == nullptr ? nullptr : static_cast<Storage*>(out.hidden) + at;
-    row.saved_gates = out.gates == nullptr ? nullptr : static_cast<Storage*>(out.gates) + 4 * at;
-    row.saved_input_gates = out.input_gates == nullptr ? nullptr : static_cast<Storage*>(out.input_gates) + 4 * at;
+    const int64_t kept = 4 * at * kept_bytes<Storage>(plan.has_norm);
+    row.saved_gates = out.gates == nullptr ? nullptr : static_cast<char*>(out.gates) + kept;
+    row.saved_input_gates = out.input_gates == nullptr ? nullptr : static_cast<char*>(out.input_gates) + kept;
     row.saved_cell = out.cells == nullptr ? nullptr : static_cast<Compute*>(out.cells) + at;
     return row;
   }
@@ -212,10 +214,12 @@ class Forward {
           V previous_cell, candidate;
           const Gates<V> gates = context.begin_cell(row, unit, z, step, previous_cell, candidate);
           if (row.saved_gates != nullptr) {
-            store_some(row.saved_gates + unit, gates.i, units);
-            store_some(row.saved_gates + plan.H + unit, gates.f, units);
-            store_some(row.saved_gates + 2 * plan.H + unit, gates.g, units);
-            store_some(row.saved_gates + 3 * plan.H + unit, gates.o, units);
+            constexpr int64_t bytes = kept_bytes<Storage>(false);
+            char* to = row.saved_gates + unit * bytes;
+            keep_activation<Storage>(to, gates.i, false, units);
+            keep_activation<Storage>(to + plan.H * bytes, gates.f, false, units);
+            keep_activation<Storage>(to + 2 * plan.H * bytes, gates.g, true, units);
+            keep_activation<Storage>(to + 3 * plan.H * bytes, gates.o, false, units);
           }
           context.finish_cell(row, unit, step, previous_cell, gates.o, candidate, candidate);
         }

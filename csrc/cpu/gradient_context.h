@@ -12,8 +12,8 @@ struct GradientRow {
   int64_t rank, b, t;
   bool reset;  // the step began from zero
   // What the forward kept, or the rebuilt scratch rows: i, f, g, o activated; with a norm a, and r.
-  const Storage* saved_gates;
-  const Storage* saved_input_gates;
+  const char* saved_gates;
+  const char* saved_input_gates;
   const Compute* rebuilt_gates;
   const Compute* rebuilt_input_gates;
   const Compute* previous_cell;  // null: 0
@@ -197,13 +197,15 @@ struct BackwardContext {
   // One vector of what the forward kept of one gate: activated, or raw where there is a norm.
   FUSEDREG_METHOD V kept(const GradientRow<Storage>& row, int gate, int64_t unit) const {
     if (row.rebuilt_gates != nullptr) return load<Compute>(row.rebuilt_gates + gate * plan.padded_hidden + unit);
-    return load_some(row.saved_gates + gate * plan.H + unit, units_at(unit));
+    const char* from = row.saved_gates + (gate * plan.H + unit) * kept_bytes<Storage>(plan.has_norm);
+    if (plan.has_norm) return kept_raw<Storage>(from, units_at(unit));
+    return kept_activation<Storage>(from, gate == 2, units_at(unit));
   }
   FUSEDREG_METHOD V kept_input(const GradientRow<Storage>& row, int gate, int64_t unit) const {
     if (row.rebuilt_input_gates != nullptr) {
       return load<Compute>(row.rebuilt_input_gates + gate * plan.padded_hidden + unit);
     }
-    return load_some(row.saved_input_gates + gate * plan.H + unit, units_at(unit));
+    return kept_raw<Storage>(row.saved_input_gates + (gate * plan.H + unit) * kept_bytes<Storage>(true), units_at(unit));
   }
 
   // From the gates and what reaches h_s, c_s and y, through zoneout, to the edge of N_c: the first half on the way

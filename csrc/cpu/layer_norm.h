@@ -108,13 +108,11 @@ static void layer_norm_step(ForwardContext<Storage>& context, const Share& share
       store_row_moments(out.recurrent_statistics, row.t, row.b, plan.B, recurrent);
     }
     for (int64_t unit = 0; unit < padded; unit += width) {
-      const int units = static_cast<int>(smaller(width, plan.H - unit));
       V z[4];
       for (int gate = 0; gate < 4; ++gate) {
         const int64_t at = gate * padded + unit;
         const V r = load<Compute>(row.input_gates + at), raw = load<Compute>(a + at);
-        if (row.saved_gates != nullptr) store_some(row.saved_gates + gate * plan.H + unit, raw, units);
-        if (row.saved_input_gates != nullptr) store_some(row.saved_input_gates + gate * plan.H + unit, r, units);
+        context.keep_pre_activations(row, gate, unit, raw, r);
         z[gate] = (raw - recurrent.mean) * recurrent_scale * load<Compute>(context.norm.recurrent_gain + at) +
                   ((r - input.mean) * input_scale * load<Compute>(context.norm.input_gain + at) +
                    load<Compute>(context.bias + at));

@@ -128,12 +128,12 @@ static void layer_norm_column_sums(const BackwardContext<Storage>& context, int6
   V input[4] = {}, recurrent[4] = {}, cell_gain{}, cell_shift{};  // of this chunk
   for_each_pair(plan, first_step, 0, pairs, [&](int64_t pair, int64_t rank, int64_t s) {
     const int64_t t = plan.position(rank, s), b = plan.order[rank];
-    const int64_t scratch = pair * plan.gate_stride, kept = (t * plan.B + b) * 4 * plan.H;
+    const int64_t scratch = pair * plan.gate_stride, kept = (t * plan.B + b) * 4 * plan.H * kept_bytes<Storage>(true);
     GradientRow<Storage> row{};
     row.rebuilt_gates = context.rebuilt_gates == nullptr ? nullptr : context.rebuilt_gates + scratch;
     row.rebuilt_input_gates = context.rebuilt_input_gates == nullptr ? nullptr : context.rebuilt_input_gates + scratch;
-    row.saved_gates = saved.gates == nullptr ? nullptr : static_cast<const Storage*>(saved.gates) + kept;
-    row.saved_input_gates = saved.input_gates == nullptr ? nullptr : static_cast<const Storage*>(saved.input_gates) + kept;
+    row.saved_gates = saved.gates == nullptr ? nullptr : static_cast<const char*>(saved.gates) + kept;
+    row.saved_input_gates = saved.input_gates == nullptr ? nullptr : static_cast<const char*>(saved.input_gates) + kept;
     RowMoments<Compute> input_moments, recurrent_moments;
     if (options.norm_input) input_moments = load_row_moments<Compute>(saved.input_statistics, t, b, plan.B);
     if (options.norm_recurrent) recurrent_moments = load_row_moments<Compute>(saved.recurrent_statistics, t, b, plan.B);

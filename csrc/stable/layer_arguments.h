@@ -45,6 +45,11 @@ struct LayerShapes {
   ScalarType storage, compute;
   int64_t steps, rows, input_size, hidden_size;
 
+  // Activated gates beside 16-bit inputs are kept in fixed point; everything else of a gate in the compute type.
+  ScalarType kept_gates(const Options& options) const {
+    const bool narrow = storage != compute;
+    return narrow && options.norm == NormKind::None ? ScalarType::Short : compute;
+  }
   Shape gates() const { return {steps, rows, 4 * hidden_size}; }
   Shape states() const { return {steps, rows, hidden_size}; }
   Shape state() const { return {rows, hidden_size}; }
@@ -98,9 +103,9 @@ class LayerArguments {
     LayerOutputs saved;
     saved.cells = checked_saved("cells", saved_->cells, shapes.compute, shapes.states(), true);
     saved.hidden = checked_saved("hidden", saved_->hidden, shapes.storage, shapes.states(), true);
-    saved.gates = checked_saved("gates", saved_->gates, shapes.storage, shapes.gates(), has_gates);
+    saved.gates = checked_saved("gates", saved_->gates, shapes.kept_gates(options), shapes.gates(), has_gates);
     saved.input_gates =
-        checked_saved("input_gates", saved_->input_gates, shapes.storage, shapes.gates(), has_gates && has_norm);
+        checked_saved("input_gates", saved_->input_gates, shapes.compute, shapes.gates(), has_gates && has_norm);
     const int64_t gates = 4 * shapes.hidden_size;
     saved.input_statistics = checked_saved("input_statistics", saved_->input_statistics, shapes.compute,
                                            shapes.statistics(options, true, gates), has_norm && options.norm_input);

@@ -104,6 +104,7 @@ inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
     case ScalarType::BFloat16: dtype = aoti_torch_dtype_bfloat16(); break;
     case ScalarType::Half: dtype = aoti_torch_dtype_float16(); break;
     case ScalarType::Long: dtype = aoti_torch_dtype_int64(); break;
+    case ScalarType::Short: dtype = aoti_torch_dtype_int16(); break;
     default: fail("fusedreg: no result has dtype ", text(type));
   }
   AtenTensorHandle handle = nullptr;
