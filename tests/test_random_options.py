@@ -133,14 +133,28 @@ def test_layer_with_other_instructions(instruction_set: str, case: LayerCase, se
         agree(run_layer(implementation("cpu"), case, arguments), exact, allowed_error(case.regularization))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @settings(max_examples=40)
-@given(case=cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_layer_within_budget(case: LayerCase, dtype: torch.dtype) -> None:
-    """The error budget, at sizes where it says something: eight rows under a batch norm, some features under a norm."""
-    changes: dict[str, Any] = {"dtype": dtype, "hidden_size": max(case.hidden_size, 8), "rows": max(case.rows, 3)}
-    if isinstance(case.regularization.norm, BatchNorm):
-        changes |= {"rows": max(case.rows, 12), "resets": False, "initial_state": True}
-    assert_within_budget(implementation("cpu"), replace(case, **changes))
+@given(case=cases())
+def test_layer_within_budget(dtype: torch.dtype, case: LayerCase) -> None:
+    """The error budget, where it says something.
+
+    Eight rows and some features, so that no error is the luck of a few numbers, and an ``eps`` that keeps norms of
+    nearly constant values from amplifying rounding. The float64 tests above go everywhere else.
+    """
+    regularization = case.regularization
+    if regularization.norm is not None:
+        regularization = replace(regularization, norm=replace(regularization.norm, eps=0.1))
+    assert_within_budget(
+        implementation("cpu"),
+        replace(
+            case,
+            dtype=dtype,
+            regularization=regularization,
+            hidden_size=max(case.hidden_size, 16),
+            rows=max(case.rows, 12),
+        ),
+    )
 
 
 # ---- The module ----------------------------------------------------------------------------------------------------
