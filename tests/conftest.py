@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.utils.deterministic
 
+pytest.register_assert_rewrite("peer_checks")
+
 hypothesis.settings.register_profile(
     "fusedreg",
     deadline=None,
