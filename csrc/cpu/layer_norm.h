@@ -38,19 +38,23 @@ static RowMoments<Compute> moments_of_row(const Compute* from, int groups, int64
   const Compute inverse = Compute(1) / static_cast<Compute>(groups * hidden);
   V sum{};
   for (int group = 0; group < groups; ++group) {
+    V part{};  // by groups, so that fewer terms are summed in a row
     for (int64_t unit = 0; unit < hidden; unit += kWidth<Compute>) {
-      sum += first_lanes<Compute>(load<Compute>(from + group * padded + unit),
-                                  static_cast<int>(smaller(kWidth<Compute>, hidden - unit)));
+      part += first_lanes<Compute>(load<Compute>(from + group * padded + unit),
+                                   static_cast<int>(smaller(kWidth<Compute>, hidden - unit)));
     }
+    sum += part;
   }
   const Compute mean = sum_of_lanes<Compute>(sum) * inverse;
   V squares{};
   for (int group = 0; group < groups; ++group) {
+    V part{};
     for (int64_t unit = 0; unit < hidden; unit += kWidth<Compute>) {
       const V difference = first_lanes<Compute>(load<Compute>(from + group * padded + unit) - mean,
                                                 static_cast<int>(smaller(kWidth<Compute>, hidden - unit)));
-      squares += difference * difference;
+      part += difference * difference;
     }
+    squares += part;
   }
   return {mean, sum_of_lanes<Compute>(squares) * inverse};
 }

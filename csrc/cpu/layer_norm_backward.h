@@ -18,12 +18,15 @@ static void through_row_norm(const Plan<Storage>& plan, int groups, const RowMom
   const Compute scale = moments.scale(plan.in.norm_eps);
   V sum{}, products{};
   for (int group = 0; group < groups; ++group) {
+    V part_of_sum{}, part_of_products{};
     for (int64_t unit = 0; unit < plan.padded_hidden; unit += width) {
       const int64_t at = group * plan.padded_hidden + unit;
       const V grad = load<Compute>(grads + at) * load<Compute>(gains + at);  // gains are 0 in the padding
-      sum += grad;
-      products += grad * ((values(group, unit) - moments.mean) * scale);
+      part_of_sum += grad;
+      part_of_products += grad * ((values(group, unit) - moments.mean) * scale);
     }
+    sum += part_of_sum;
+    products += part_of_products;
   }
   const Compute inverse = Compute(1) / static_cast<Compute>(groups * plan.H);
   const Compute mean = sum_of_lanes<Compute>(sum) * inverse, slope = sum_of_lanes<Compute>(products) * inverse;

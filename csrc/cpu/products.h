@@ -98,7 +98,8 @@ static void weight_gradient(const Compute* dz, int64_t dz_stride, const Compute*
     const int64_t unit = first_unit + row;
     for (int64_t pair = 0; pair < pairs; ++pair) {
       const Compute* from = dz + pair * dz_stride + unit;
-      for (int m = 0; m < rows; ++m) left[pair * kTileRows + m] = from[m];
+      // Whole vectors: what lies past the tile's rows is overwritten by the next pair, or is room past the last.
+      for (int m = 0; m < rows; m += width) store<Compute>(left + pair * kTileRows + m, load<Compute>(from + m));
     }
     for (int64_t column = 0, panel = 0; column < padded_columns; column += panel_width, ++panel) {
       const int vectors = static_cast<int>(smaller(kTileVectors, (padded_columns - column) / width));
