@@ -105,8 +105,8 @@ struct LayerOutputs {
   void* final_cell = nullptr;    // (B, H) compute
   void* cells = nullptr;         // (T, B, H) compute: the carried c_s at position t, 0 in padding
   void* hidden = nullptr;        // (T, B, H) storage: the carried h_s, 0 in padding; only where it differs from output
-  // (T, B, 4H): i, f, g, o activated; with a norm the raw a = h W_hh^T; 0 in padding. Of the compute type, but of 16-bit
-  // fixed point (int16) for activated gates beside 16-bit inputs.
+  // (T, B, 4H): i, f, g, o activated; with a norm the raw a = h W_hh^T; 0 in padding. Of the compute type, but of
+  // 16-bit fixed point (int16) for activated gates beside 16-bit inputs.
   void* gates = nullptr;
   void* input_gates = nullptr;  // (T, B, 4H) compute: the raw r = x W_ih^T, only with a norm; 0 in padding
   // [:, 0] the mean and [:, 1] the biased variance used, in the compute type. Batch norm: indexed by the processed

@@ -97,8 +97,8 @@ class AfterLoop {
         const int64_t copy = rounded_up(plan.padded_hidden, panel_width) * pairs;
         weight_gradient<Compute>(context.grad_recurrent + at, plan.gate_stride,
                                  context.hidden_panels + (plan.untied_hidden ? gate * copy : 0), pairs,
-                                 plan.padded_hidden, first, last, turned,
-                                 context.gradient_hh.gate(gate), context.gradient_hh.row_stride, accumulate);
+                                 plan.padded_hidden, first, last, turned, context.gradient_hh.gate(gate),
+                                 context.gradient_hh.row_stride, accumulate);
       }
       if (context.wants_weight_ih) {
         const int64_t copy = rounded_up(plan.padded_input, panel_width) * pairs;
@@ -122,11 +122,12 @@ class AfterLoop {
       for_each_tile(last - first, [&](int64_t offset, int rows) {
         Compute sum[kTileRows * panel_width];
         Storage* to[kTileRows];
-        for_each_pair(plan, first_step, first + offset, first + offset + rows, [&](int64_t pair, int64_t rank, int64_t s) {
-          const int64_t m = pair - first - offset;
-          ranks[m] = rank;
-          to[m] = grad_input + (plan.position(rank, s) * plan.B + plan.order[rank]) * plan.I;
-        });
+        for_each_pair(plan, first_step, first + offset, first + offset + rows,
+                      [&](int64_t pair, int64_t rank, int64_t s) {
+                        const int64_t m = pair - first - offset;
+                        ranks[m] = rank;
+                        to[m] = grad_input + (plan.position(rank, s) * plan.B + plan.order[rank]) * plan.I;
+                      });
         const Compute* dr = context.grad_input_gates + (first + offset) * plan.gate_stride;
         if (plan.untied_input) {
           const auto mask_of = [&](int m, int gate) {
@@ -135,7 +136,8 @@ class AfterLoop {
           masked_column_tile<Compute>(rows, vectors, dr, plan.gate_stride, panels, begin / panel_width,
                                       plan.padded_hidden, mask_of, sum);
         } else {
-          column_tile<Compute>(rows, vectors, dr, plan.gate_stride, panels, begin / panel_width, plan.padded_hidden, sum);
+          column_tile<Compute>(rows, vectors, dr, plan.gate_stride, panels, begin / panel_width, plan.padded_hidden,
+                               sum);
         }
         for (int m = 0; m < rows; ++m) {
           for (int v = 0; v < vectors; ++v) {
@@ -175,7 +177,8 @@ class AfterLoop {
     }
   }
 
-  static void write_weight(const Context& context, const Share& share, const AccumulatedWeight<Compute>& gradient, int64_t columns, bool dropped, bool no_steps, void* result) {
+  static void write_weight(const Context& context, const Share& share, const AccumulatedWeight<Compute>& gradient,
+                           int64_t columns, bool dropped, bool no_steps, void* result) {
     if (gradient.in_place && !no_steps) return;
     const Plan<Storage>& plan = context.plan;
     Compute* mask = context.room_of(share);
@@ -206,8 +209,8 @@ class AfterLoop {
     for (int64_t unit = 0; unit < plan.H; unit += width) {
       const int64_t from = rank * plan.hidden_stride + unit, to = b * plan.H + unit;
       if (params.grad_initial_hidden != nullptr) {
-        store_some(static_cast<Storage*>(params.grad_initial_hidden) + to, load<Compute>(context.grad_hidden_state + from),
-                   context.units_at(unit));
+        store_some(static_cast<Storage*>(params.grad_initial_hidden) + to,
+                   load<Compute>(context.grad_hidden_state + from), context.units_at(unit));
       }
       if (params.grad_initial_cell != nullptr) {
         store_some(static_cast<Compute*>(params.grad_initial_cell) + to, load<Compute>(context.grad_cell_state + from),

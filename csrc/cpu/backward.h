@@ -101,7 +101,8 @@ class Backward {
     for (int64_t unit = 0; unit < plan.padded_hidden; unit += width) {
       const int count = context.units_at(unit);
       const int64_t at = rank * plan.hidden_stride + unit;
-      store<Compute>(context.grad_hidden_state + at, hidden == nullptr ? V{} : load_some(hidden + b * plan.H + unit, count));
+      store<Compute>(context.grad_hidden_state + at,
+                     hidden == nullptr ? V{} : load_some(hidden + b * plan.H + unit, count));
       store<Compute>(context.grad_cell_state + at, cell == nullptr ? V{} : load_some(cell + b * plan.H + unit, count));
     }
   }
@@ -232,7 +233,8 @@ class Backward {
           const auto mask_of = [&](int m, int gate) {
             return context.masks.hidden + (rows[first + m].rank * 4 + gate) * plan.padded_hidden + begin;
           };
-          masked_column_tile<Compute>(tile_rows, vectors, da, row_stride, panels, panel, plan.padded_hidden, mask_of, sum);
+          masked_column_tile<Compute>(tile_rows, vectors, da, row_stride, panels, panel, plan.padded_hidden, mask_of,
+                                      sum);
         } else {
           column_tile<Compute>(tile_rows, vectors, da, row_stride, panels, panel, plan.padded_hidden, sum);
         }

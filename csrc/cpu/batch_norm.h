@@ -31,7 +31,8 @@ class BatchNormForward {
                                     plan_.in.running.input_index, 0, gate, unit);
         store<Compute>(context_.sequence_moments + at, moments.mean);
         store<Compute>(context_.sequence_moments + 4 * plan_.padded_hidden + at, moments.variance);
-        store_moments(context_.params.out.input_statistics, 0, 4 * plan_.H, gate * plan_.H + unit, units_at(unit), moments);
+        store_moments(context_.params.out.input_statistics, 0, 4 * plan_.H, gate * plan_.H + unit, units_at(unit),
+                      moments);
       }
     }
   }
@@ -60,7 +61,8 @@ class BatchNormForward {
             ? moments_of_columns<Compute>(rows[0].input_gates + at, plan_.gate_stride, count)
             : population(running.input_mean, running.input_var, running.input_index, s, gate, unit);
     const int64_t row = plan_.in.options.norm_input_sequence ? 0 : s;
-    store_moments(context_.params.out.input_statistics, row, 4 * plan_.H, gate * plan_.H + unit, units_at(unit), moments);
+    store_moments(context_.params.out.input_statistics, row, 4 * plan_.H, gate * plan_.H + unit, units_at(unit),
+                  moments);
     return moments;
   }
 
@@ -70,25 +72,25 @@ class BatchNormForward {
         plan_.batch_statistics && count >= 2
             ? moments_of_columns<Compute>(a + gate * width, 4 * width, count)
             : population(running.recurrent_mean, running.recurrent_var, running.index, s, gate, unit);
-    store_moments(context_.params.out.recurrent_statistics, s, 4 * plan_.H, gate * plan_.H + unit, units_at(unit), moments);
+    store_moments(context_.params.out.recurrent_statistics, s, 4 * plan_.H, gate * plan_.H + unit, units_at(unit),
+                  moments);
     return moments;
   }
 
   Moments<Compute> cell_moments(int64_t s, int64_t unit, const Compute* candidates, int64_t count) const {
     const RunningStatistics& running = plan_.in.running;
-    const Moments<Compute> moments =
-        plan_.batch_statistics && count >= 2
-            ? moments_of_columns<Compute>(candidates, width, count)
-            : population_moments<Compute>(running.cell_mean, running.cell_var, running.index, s, plan_.H, unit,
-                                          units_at(unit));
+    const Moments<Compute> moments = plan_.batch_statistics && count >= 2
+                                         ? moments_of_columns<Compute>(candidates, width, count)
+                                         : population_moments<Compute>(running.cell_mean, running.cell_var,
+                                                                       running.index, s, plan_.H, unit, units_at(unit));
     store_moments(context_.params.out.cell_statistics, s, plan_.H, unit, units_at(unit), moments);
     return moments;
   }
 
   void step_of_units(int64_t s, int64_t unit, const StepRow<Storage>* rows, int64_t count) {
     const Options& options = plan_.in.options;
-    Compute* a = room_;                               // [row][gate][unit]
-    Compute* candidates = a + plan_.B * 4 * width;    // [row][unit], and so the rest
+    Compute* a = room_;                             // [row][gate][unit]
+    Compute* candidates = a + plan_.B * 4 * width;  // [row][unit], and so the rest
     Compute* output_gates = candidates + plan_.B * width;
     Compute* previous_cells = output_gates + plan_.B * width;
     Compute* step_rows = previous_cells + plan_.B * width;  // [row][3][unit]: the masks that the second pass needs
@@ -147,7 +149,8 @@ class BatchNormForward {
       step.output = load<Compute>(step_rows + (i * 3 + 2) * width);
       const V candidate = load<Compute>(candidates + i * width);
       context_.finish_cell(rows[i], unit, step, load<Compute>(previous_cells + i * width),
-                           load<Compute>(output_gates + i * width), candidate, (candidate - moments.mean) * scale + shift);
+                           load<Compute>(output_gates + i * width), candidate,
+                           (candidate - moments.mean) * scale + shift);
     }
   }
 

@@ -1,4 +1,5 @@
-// The step with recurrent batch normalisation, on the way back. For y = gain (x - mean) / deviation + shift over n rows:
+// The step with recurrent batch normalisation, on the way back. For y = gain (x - mean) / deviation + shift over n
+// rows:
 //
 //   dx = gain / deviation * (dy - mean(dy) - y_hat mean(dy y_hat)),   y_hat = (x - mean) / deviation
 //
@@ -105,7 +106,8 @@ class BatchNormBackward {
     const bool of_batch = plan_.batch_statistics && count >= 2;
     GateNorm input[4], recurrent[4];
     for (int gate = 0; gate < 4; ++gate) {
-      input[gate] = gate_norm(options.norm_input, saved.input_statistics, options.norm_input_sequence ? 0 : s, of_batch, context_.norm.input_gain, gate, unit);
+      input[gate] = gate_norm(options.norm_input, saved.input_statistics, options.norm_input_sequence ? 0 : s, of_batch,
+                              context_.norm.input_gain, gate, unit);
       recurrent[gate] = gate_norm(options.norm_recurrent, saved.recurrent_statistics, s, of_batch,
                                   context_.norm.recurrent_gain, gate, unit);
     }
@@ -126,8 +128,9 @@ class BatchNormBackward {
       for (int gate = 0; gate < 4; ++gate) {
         const V a = context_.kept(row, gate, unit), r = context_.kept_input(row, gate, unit);
         const int64_t at = gate * plan_.padded_hidden + unit;
-        z[gate] = (recurrent[gate].on ? recurrent[gate].normalised(a) * recurrent[gate].gain : a) +
-                  ((input[gate].on ? input[gate].normalised(r) * input[gate].gain : r) + load<Compute>(context_.bias + at));
+        z[gate] =
+            (recurrent[gate].on ? recurrent[gate].normalised(a) * recurrent[gate].gain : a) +
+            ((input[gate].on ? input[gate].normalised(r) * input[gate].gain : r) + load<Compute>(context_.bias + at));
       }
       CellTrace<Compute> trace = context_.enter_cell(row, unit, activated<Compute>(z));
       trace.normalised = (trace.candidate - cell.mean) * cell_scale;
@@ -148,10 +151,9 @@ class BatchNormBackward {
     for (int64_t i = 0; i < count; ++i) {
       const GradientRow<Storage>& row = rows[i];
       const CellTrace<Compute>& trace = traces_[i];
-      const V through_norm = options.norm_cell
-                                 ? cell_scale * cell_gain *
-                                       (trace.grad_normalised - cell_mean - trace.normalised * cell_slope)
-                                 : trace.grad_normalised;
+      const V through_norm = options.norm_cell ? cell_scale * cell_gain *
+                                                     (trace.grad_normalised - cell_mean - trace.normalised * cell_slope)
+                                               : trace.grad_normalised;
       const Gates<V> grad = context_.leave_cell(row, unit, trace, trace.grad_candidate + through_norm);
       const V grads[4] = {grad.i, grad.f, grad.g, grad.o};
       for (int gate = 0; gate < 4; ++gate) {
@@ -175,10 +177,12 @@ class BatchNormBackward {
         const GradientRow<Storage>& row = rows[i];
         const V grad = load<Compute>(row.grad_gates + at);
         if (recurrent[gate].on) {
-          store<Compute>(row.grad_recurrent + at, through(recurrent[gate], grad, context_.kept(row, gate, unit), inverse));
+          store<Compute>(row.grad_recurrent + at,
+                         through(recurrent[gate], grad, context_.kept(row, gate, unit), inverse));
         }
         if (input[gate].on && !defers_input()) {
-          store<Compute>(row.grad_input_gates + at, through(input[gate], grad, context_.kept_input(row, gate, unit), inverse));
+          store<Compute>(row.grad_input_gates + at,
+                         through(input[gate], grad, context_.kept_input(row, gate, unit), inverse));
         }
       }
     }

@@ -68,13 +68,13 @@ struct ForwardContext {
   Barrier barrier;
   Compute* packed_ih = nullptr;  // gate panels; null: the weight is read where it stands
   Compute* packed_hh = nullptr;
-  Compute* bias = nullptr;       // [4][padded_hidden]
-  Compute* inputs = nullptr;     // the chunk's inputs, unless they are read where they stand
-  Compute* input_gates = nullptr;      // the chunk's r: [pair][4][padded_hidden]
-  Compute* sequence_moments = nullptr;  // batch norm pooled over the sequence: [mean, variance][gate][unit]
-  Compute* recurrent_gates = nullptr;  // layer norm: one step's a: [rank][4][padded_hidden]
-  Compute* cell = nullptr;             // [rank][padded_hidden]
-  Compute* hidden = nullptr;           // [rank][padded_hidden]
+  Compute* bias = nullptr;                     // [4][padded_hidden]
+  Compute* inputs = nullptr;                   // the chunk's inputs, unless they are read where they stand
+  Compute* input_gates = nullptr;              // the chunk's r: [pair][4][padded_hidden]
+  Compute* sequence_moments = nullptr;         // batch norm pooled over the sequence: [mean, variance][gate][unit]
+  Compute* recurrent_gates = nullptr;          // layer norm: one step's a: [rank][4][padded_hidden]
+  Compute* cell = nullptr;                     // [rank][padded_hidden]
+  Compute* hidden = nullptr;                   // [rank][padded_hidden]
   Compute* exchanged[2] = {nullptr, nullptr};  // h as the product reads it, this step's and the next's
   Compute* worker_room = nullptr;
   int64_t worker_room_size = 0;
@@ -83,11 +83,12 @@ struct ForwardContext {
 
   ForwardContext(const ForwardParams& given, int threads) : params(given), plan(given.in, threads) {
     inputs_in_place = sizeof(Storage) == sizeof(Compute) && plan.in.lengths == nullptr && !plan.in.options.reverse &&
-                      !plan.input_dropout.drawn && (plan.T == 1 || plan.in.input_step_stride == plan.B * plan.in.input_row_stride);
+                      !plan.input_dropout.drawn &&
+                      (plan.T == 1 || plan.in.input_step_stride == plan.B * plan.in.input_row_stride);
     const int64_t pack_room = (kWidth<Compute> + 1) * rounded_up(larger(plan.I, plan.H), 4 * kWidth<Compute>);
     const int64_t norm_room = plan.in.options.norm == NormKind::Batch   ? plan.B * 11 * kWidth<Compute>
                               : plan.in.options.norm == NormKind::Layer ? 7 * plan.padded_hidden
-                                                                        : 0;
+                                                                        : plan.B * 4 * kWidth<Compute>;
     worker_room_size = rounded_up(larger(larger(pack_room, norm_room), 4 * plan.padded_hidden), kWidth<Compute>);
   }
 
@@ -124,8 +125,25 @@ struct ForwardContext {
     const int copies = hidden_copies();
     const Compute* mask = masks.hidden + row.rank * copies * plan.padded_hidden + unit;
     for (int copy = 0; copy < copies; ++copy) {
-      store<Compute>(row.next + copy * plan.hidden_stride + unit, value * load<Compute>(mask + copy * plan.padded_hidden));
+      store<Compute>(row.next + copy * plan.hidden_stride + unit,
+                     value * load<Compute>(mask + copy * plan.padded_hidden));
     }
+  }
+
+  // Asks for what the cell of these units will read and write, so that it arrives while the product runs: rows stand
+  // too far apart for the processor to guess.
+  FUSEDREG_METHOD void prefetch(const StepRow<Storage>& row, int64_t unit) const {
+    for (int gate = 0; gate < 4; ++gate) {
+      __builtin_prefetch(row.input_gates + gate * plan.padded_hidden + unit);
+      if (row.saved_gates != nullptr) {
+        __builtin_prefetch(row.saved_gates + (gate * plan.H + unit) * kept_bytes<Storage>(plan.has_norm), 1);
+      }
+    }
+    __builtin_prefetch(row.cell + unit, 1);
+    __builtin_prefetch(row.hidden + unit, 1);
+    __builtin_prefetch(row.next + unit, 1);
+    if (row.output != nullptr) __builtin_prefetch(row.output + unit, 1);
+    if (row.saved_cell != nullptr) __builtin_prefetch(row.saved_cell + unit, 1);
   }
 
   // Keeps the raw pre-activations of one gate, which the backward of a norm needs.

@@ -19,17 +19,8 @@ FUSEDREG_INLINE void fold_lanes(Vector<Compute> (&vectors)[kWidth<Compute>]) {
   }
 #pragma GCC unroll 16
   for (int n = 0; n < Distance; ++n) {
-#if defined(__clang__)
-    Vector<Compute> x, y;
-    for (int lane = 0; lane < width; ++lane) {
-      x[lane] = own[lane] < width ? vectors[n][own[lane]] : vectors[n + Distance][own[lane] - width];
-      y[lane] = other[lane] < width ? vectors[n][other[lane]] : vectors[n + Distance][other[lane] - width];
-    }
-    vectors[n] = x + y;
-#else
-    vectors[n] = __builtin_shuffle(vectors[n], vectors[n + Distance], own) +
-                 __builtin_shuffle(vectors[n], vectors[n + Distance], other);
-#endif
+    vectors[n] = shuffled<Compute>(vectors[n], vectors[n + Distance], own) +
+                 shuffled<Compute>(vectors[n], vectors[n + Distance], other);
   }
   if constexpr (Distance > 1) fold_lanes<Compute, Distance / 2>(vectors);
 }
@@ -69,8 +60,8 @@ static Vector<ComputeOf<Storage>> dot_units(const ComputeOf<Storage>* left, cons
 // The same for a tile: some rows and all four gates. As multiply_tile, `out_vector` is the distance between gates.
 template <class Storage>
 static void dot_tile(const Plan<Storage>& plan, int rows, const ComputeOf<Storage>* left, int64_t left_row,
-                     int64_t left_gate, const Storage* weight, int64_t columns, int64_t unit,
-                     ComputeOf<Storage>* out, int64_t out_row, int64_t out_vector) {
+                     int64_t left_gate, const Storage* weight, int64_t columns, int64_t unit, ComputeOf<Storage>* out,
+                     int64_t out_row, int64_t out_vector) {
   const int units = static_cast<int>(smaller(kWidth<ComputeOf<Storage>>, plan.H - unit));
   for (int gate = 0; gate < 4; ++gate) {
     const Storage* first = weight + (gate * plan.H + unit) * columns;

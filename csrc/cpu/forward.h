@@ -157,7 +157,8 @@ class Forward {
     StepRow<Storage>* rows = context.worker_rows + plan.B * share.worker;
     for (int64_t s = first_step; s < last_step; ++s) {
       const int64_t count = plan.rows_running(share, s);
-      for (int64_t i = 0; i < count; ++i) rows[i] = row_at(context, share.first_rank + i * share.rank_step, s, first_step);
+      for (int64_t i = 0; i < count; ++i)
+        rows[i] = row_at(context, share.first_rank + i * share.rank_step, s, first_step);
       switch (plan.in.options.norm) {
         case NormKind::None: plain_step(context, share, s, rows, count); break;
         case NormKind::Batch: batch_norm.step(s, rows, count); break;
@@ -190,40 +191,42 @@ class Forward {
     return row;
   }
 
-  // Without a norm the product's result goes straight on into the cell.
+  // Without a norm, one vector of units at a time.
   static void plain_step(const ForwardContext<Storage>& context, const Share& share, int64_t s,
                          const StepRow<Storage>* rows, int64_t count) {
     const Plan<Storage>& plan = context.plan;
     const int64_t vectors = (share.last_unit - share.first_unit) / width;
+    Compute* a = context.room_of(share);  // [row][gate][unit]
     const bool backwards = (s & 1) != 0;  // the panels that were used last are still in cache
     for (int64_t n = 0; n < vectors; ++n) {
       const int64_t unit = share.first_unit + (backwards ? vectors - 1 - n : n) * width;
       const int units = static_cast<int>(smaller(width, plan.H - unit));
+      // All rows' products first, then all their cells: each change between the two drains the pipeline once.
       for_each_tile(count, [&](int64_t first, int tile_rows) {
-        Compute a[kTileRows * 4 * width];
-        recurrent_tile(context, share, s, unit, first, tile_rows, a, 4 * width, width);
-        for (int m = 0; m < tile_rows; ++m) {
-          const StepRow<Storage>& row = rows[first + m];
-          V z[4];
-          for (int gate = 0; gate < 4; ++gate) {
-            const int64_t at = gate * plan.padded_hidden + unit;
-            z[gate] = load<Compute>(a + (m * 4 + gate) * width) + load<Compute>(row.input_gates + at) +
-                      load<Compute>(context.bias + at);
-          }
-          const StepMasks<Compute> step = step_masks(plan, context.masks, row.rank, row.b, row.t, unit);
-          V previous_cell, candidate;
-          const Gates<V> gates = context.begin_cell(row, unit, z, step, previous_cell, candidate);
-          if (row.saved_gates != nullptr) {
-            constexpr int64_t bytes = kept_bytes<Storage>(false);
-            char* to = row.saved_gates + unit * bytes;
-            keep_activation<Storage>(to, gates.i, false, units);
-            keep_activation<Storage>(to + plan.H * bytes, gates.f, false, units);
-            keep_activation<Storage>(to + 2 * plan.H * bytes, gates.g, true, units);
-            keep_activation<Storage>(to + 3 * plan.H * bytes, gates.o, false, units);
-          }
-          context.finish_cell(row, unit, step, previous_cell, gates.o, candidate, candidate);
-        }
+        for (int m = 0; m < tile_rows; ++m) context.prefetch(rows[first + m], unit);
+        recurrent_tile(context, share, s, unit, first, tile_rows, a + first * 4 * width, 4 * width, width);
       });
+      for (int64_t i = 0; i < count; ++i) {
+        const StepRow<Storage>& row = rows[i];
+        V z[4];
+        for (int gate = 0; gate < 4; ++gate) {
+          const int64_t at = gate * plan.padded_hidden + unit;
+          z[gate] = load<Compute>(a + (i * 4 + gate) * width) + load<Compute>(row.input_gates + at) +
+                    load<Compute>(context.bias + at);
+        }
+        const StepMasks<Compute> step = step_masks(plan, context.masks, row.rank, row.b, row.t, unit);
+        V previous_cell, candidate;
+        const Gates<V> gates = context.begin_cell(row, unit, z, step, previous_cell, candidate);
+        if (row.saved_gates != nullptr) {
+          constexpr int64_t bytes = kept_bytes<Storage>(false);
+          char* to = row.saved_gates + unit * bytes;
+          keep_activation<Storage>(to, gates.i, false, units);
+          keep_activation<Storage>(to + plan.H * bytes, gates.f, false, units);
+          keep_activation<Storage>(to + 2 * plan.H * bytes, gates.g, true, units);
+          keep_activation<Storage>(to + 3 * plan.H * bytes, gates.o, false, units);
+        }
+        context.finish_cell(row, unit, step, previous_cell, gates.o, candidate, candidate);
+      }
     }
   }
 

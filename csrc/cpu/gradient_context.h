@@ -69,9 +69,9 @@ struct BackwardContext {
   bool rebuilds;  // the gates were not kept
   bool wants_weight_ih, wants_weight_hh, wants_input, wants_bias;
 
-  Compute* packed_ih = nullptr;       // column panels; null: the weight is read where it stands
+  Compute* packed_ih = nullptr;  // column panels; null: the weight is read where it stands
   Compute* packed_hh = nullptr;
-  Compute* packed_gates_ih = nullptr; // gate panels, to rebuild with
+  Compute* packed_gates_ih = nullptr;  // gate panels, to rebuild with
   Compute* packed_gates_hh = nullptr;
   Compute* bias = nullptr;
   Compute* inputs = nullptr;        // the chunk's x
@@ -110,8 +110,8 @@ struct BackwardContext {
     const int64_t norm_room = plan.in.options.norm == NormKind::Batch   ? plan.B * trace
                               : plan.in.options.norm == NormKind::Layer ? plan.padded_hidden / width * trace
                                                                         : 0;
-    worker_room_size = rounded_up(
-        larger(larger(larger(pack_room, turned), norm_room), 4 * plan.padded_hidden), kWidth<float>);
+    worker_room_size =
+        rounded_up(larger(larger(larger(pack_room, turned), norm_room), 4 * plan.padded_hidden), kWidth<float>);
   }
 
   int input_copies() const { return plan.untied_input ? 4 : 1; }
@@ -125,7 +125,8 @@ struct BackwardContext {
     if (!reads_in_place(plan.H) || plan.weight_dropout.drawn) {
       packed_hh = arena.take<Compute>((plan.padded_hidden + plan.asked * panel_width) * gates);
     }
-    if (wants_input && !reads_in_place(plan.I)) packed_ih = arena.take<Compute>(rounded_up(plan.I, panel_width) * gates);
+    if (wants_input && !reads_in_place(plan.I))
+      packed_ih = arena.take<Compute>(rounded_up(plan.I, panel_width) * gates);
     bias = arena.take<Compute>(gates);
     if (rebuilds) {
       packed_gates_ih = arena.take<Compute>(gates * plan.I);
@@ -205,7 +206,8 @@ struct BackwardContext {
     if (row.rebuilt_input_gates != nullptr) {
       return load<Compute>(row.rebuilt_input_gates + gate * plan.padded_hidden + unit);
     }
-    return kept_raw<Storage>(row.saved_input_gates + (gate * plan.H + unit) * kept_bytes<Storage>(true), units_at(unit));
+    return kept_raw<Storage>(row.saved_input_gates + (gate * plan.H + unit) * kept_bytes<Storage>(true),
+                             units_at(unit));
   }
 
   // From the gates and what reaches h_s, c_s and y, through zoneout, to the edge of N_c: the first half on the way

@@ -34,7 +34,8 @@ FUSEDREG_INLINE void keep_activation(char* to, V value, bool is_tanh, int count)
     const Integers rounded = (Integers)((value - offset) * scale + magic) - 0x4B400000;
     const Integers marked = (value != value) ? (Integers{} + kFixedNan) : rounded;
     const FixedVector narrow = __builtin_convertvector(marked, FixedVector);
-    __builtin_memcpy(to, &narrow, static_cast<size_t>(count < kWidth<float> ? count : kWidth<float>) * sizeof(FixedPoint));
+    __builtin_memcpy(to, &narrow,
+                     static_cast<size_t>(count < kWidth<float> ? count : kWidth<float>) * sizeof(FixedPoint));
   }
 }
 

@@ -3,11 +3,11 @@
 
 #include "lstm_layer.h"
 
-#define FUSEDREG_DECLARE_KERNELS(isa)                                                \
-  namespace fusedreg::cpu::isa {                                                     \
-  void forward(const ForwardParams& params, int threads, RunTeam run_team);          \
-  void backward(const BackwardParams& params, int threads, RunTeam run_team);        \
-  double measure_fma_rate(double seconds);                                           \
+#define FUSEDREG_DECLARE_KERNELS(isa)                                         \
+  namespace fusedreg::cpu::isa {                                              \
+  void forward(const ForwardParams& params, int threads, RunTeam run_team);   \
+  void backward(const BackwardParams& params, int threads, RunTeam run_team); \
+  double measure_fma_rate(double seconds);                                    \
   }
 
 FUSEDREG_DECLARE_KERNELS(avx512)

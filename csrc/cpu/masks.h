@@ -8,11 +8,11 @@ namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE {
 // A rate as the kernels use it. In evaluation nothing is drawn and every mask is `expectation`.
 template <class Compute>
 struct Site {
-  bool drawn = false;      // a mask is drawn
-  uint32_t threshold = 0;  // dropped, or zoned out, below this
-  Compute kept = 1;        // what a kept element is multiplied with
-  Compute dropped = 0;     // and a dropped one
-  Compute expectation = 1; // and every element, where nothing is drawn
+  bool drawn = false;       // a mask is drawn
+  uint32_t threshold = 0;   // dropped, or zoned out, below this
+  Compute kept = 1;         // what a kept element is multiplied with
+  Compute dropped = 0;      // and a dropped one
+  Compute expectation = 1;  // and every element, where nothing is drawn
 
   bool active() const { return drawn || expectation != Compute(1); }
 };
@@ -80,8 +80,8 @@ static __attribute__((noinline)) DrawnWords<Compute> draw_words(const MaskKey& k
                                                                 uint32_t c2) {
   using Word = VectorWord<Words<Compute>>;
   const Words<Compute> zero{};
-  const PhiloxWords<Word> drawn = philox4x32_10<Word>({c0}, {zero + c1}, {zero + c2}, {zero + key.layer_direction},
-                                                      key.low, key.high);
+  const PhiloxWords<Word> drawn =
+      philox4x32_10<Word>({c0}, {zero + c1}, {zero + c2}, {zero + key.layer_direction}, key.low, key.high);
   return {{drawn.word[0].words, drawn.word[1].words, drawn.word[2].words, drawn.word[3].words}};
 }
 
@@ -96,9 +96,9 @@ template <class Compute>
 static void fill_sequence_mask(const Site<Compute>& site, const MaskKey& key, uint32_t family, int word, int64_t b,
                                int64_t padded, Compute* to) {
   for (int64_t unit = 0; unit < padded; unit += kWidth<Compute>) {
-    const Vector<Compute> mask =
-        site.drawn ? mask_of<Compute>(site, words_of_units<Compute>(key, unit, b, family).word[word])
-                   : broadcast<Compute>(site.expectation);
+    const Vector<Compute> mask = site.drawn
+                                     ? mask_of<Compute>(site, words_of_units<Compute>(key, unit, b, family).word[word])
+                                     : broadcast<Compute>(site.expectation);
     store<Compute>(to + unit, mask);
   }
 }

@@ -6,12 +6,22 @@
 
 namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE {
 
+// Turns a square of vectors: element (m, n) and element (n, m) change places, halves first, then quarters ...
+template <class Compute, int Distance>
+FUSEDREG_INLINE void transpose(Vector<Compute> (&rows)[kWidth<Compute>]) {
+  constexpr int width = kWidth<Compute>;
+#pragma GCC unroll 16
+  for (int n = 0; n < width; ++n) {
+    if ((n & Distance) == 0) exchange_halves<Compute, Distance>(rows[n], rows[n + Distance]);
+  }
+  if constexpr (Distance > 1) transpose<Compute, Distance / 2>(rows);
+}
+
 // A weight (4H, columns) as the right side of x W^T or h W^T. Panel n holds units n * width ... of all four gates:
 // [column][gate][unit]. A unit's gates come out of the micro-kernel side by side.
 template <class Storage>
 static void pack_gate_panels(const Plan<Storage>& plan, const Storage* weight, int64_t columns, bool dropped,
-                             int64_t first_unit, int64_t last_unit, ComputeOf<Storage>* rows,
-                             ComputeOf<Storage>* to) {
+                             int64_t first_unit, int64_t last_unit, ComputeOf<Storage>* rows, ComputeOf<Storage>* to) {
   using Compute = ComputeOf<Storage>;
   constexpr int width = kWidth<Compute>;
   const int64_t row_stride = rounded_up(columns, 4 * width);
@@ -46,7 +56,16 @@ static void pack_gate_panels(const Plan<Storage>& plan, const Storage* weight, i
         }
       }
       Compute* out = panel + gate * width;
-      for (int64_t k = 0; k < columns; ++k) {
+      int64_t k = 0;
+      for (; k + width <= columns; k += width) {
+        Vector<Compute> block[width];
+#pragma GCC unroll 16
+        for (int lane = 0; lane < width; ++lane) block[lane] = load<Compute>(lane_rows[lane] + k);
+        transpose<Compute, width / 2>(block);
+#pragma GCC unroll 16
+        for (int n = 0; n < width; ++n) store<Compute>(out + (k + n) * 4 * width, block[n]);
+      }
+      for (; k < columns; ++k) {
         for (int lane = 0; lane < width; ++lane) out[k * 4 * width + lane] = lane_rows[lane][k];
       }
     }

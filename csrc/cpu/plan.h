@@ -38,8 +38,8 @@ class Arena {
 
 struct Share {
   int worker, workers;
-  int64_t first_rank, rank_step;    // of the rows it runs
-  int64_t first_unit, last_unit;    // of the units it runs: whole vectors
+  int64_t first_rank, rank_step;  // of the rows it runs
+  int64_t first_unit, last_unit;  // of the units it runs: whole vectors
 };
 
 FUSEDREG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -61,22 +61,22 @@ struct Plan {
 
   const LayerInputs& in;
   int64_t T, B, I, H;
-  int64_t padded_hidden;   // H in whole vectors: the distance between gates in scratch rows
+  int64_t padded_hidden;  // H in whole vectors: the distance between gates in scratch rows
   int64_t padded_input;
-  int64_t hidden_stride;   // between scratch rows of H: padded so that rows do not share a cache set
+  int64_t hidden_stride;  // between scratch rows of H: padded so that rows do not share a cache set
   int64_t input_stride;
-  int64_t gate_stride;     // between scratch rows of 4H
+  int64_t gate_stride;  // between scratch rows of 4H
   int64_t steps_per_chunk;
-  int64_t largest_chunk;   // (step, rank) pairs
-  int64_t longest;         // steps of the longest row
+  int64_t largest_chunk;  // (step, rank) pairs
+  int64_t longest;        // steps of the longest row
   Division division;
-  int asked;               // workers
+  int asked;  // workers
 
   // Sites of the masks.
   Site<Compute> dropout, input_dropout, hidden_dropout, output_dropout, update_dropout, cell_dropout, weight_dropout,
       zoneout_hidden, zoneout_cell;
   MaskKey key;
-  bool step_words;        // some mask is drawn at each step
+  bool step_words;  // some mask is drawn at each step
   bool untied_input, untied_hidden;
   bool output_is_hidden;  // y is the carried h itself
   bool has_norm;
@@ -84,10 +84,10 @@ struct Plan {
   bool few_pairs;         // so few rows that packing a weight costs more than it brings
 
   // Tables, filled by `prepare`.
-  int64_t* order;   // rank -> row of the caller
-  int64_t* length;  // rank -> length
-  int64_t* running; // s -> rows running
-  int64_t* first;   // s -> number of (step, rank) pairs before s; T + 1 entries
+  int64_t* order;    // rank -> row of the caller
+  int64_t* length;   // rank -> length
+  int64_t* running;  // s -> rows running
+  int64_t* first;    // s -> number of (step, rank) pairs before s; T + 1 entries
 
   Plan(const LayerInputs& inputs, int threads) : in(inputs) {
     const Options& options = in.options;
@@ -202,8 +202,8 @@ struct Plan {
 
   void choose_division(int threads) {
     // Below this much work a second worker costs more than it brings.
-    const double work = 8.0 * static_cast<double>(larger(T, 1) * B) * static_cast<double>(H) *
-                        static_cast<double>(I + H);
+    const double work =
+        8.0 * static_cast<double>(larger(T, 1) * B) * static_cast<double>(H) * static_cast<double>(I + H);
     const double per_worker = 2e5;
     int64_t workers = work / per_worker < threads ? larger(1, static_cast<int64_t>(work / per_worker)) : threads;
     const int64_t units = padded_hidden / width;

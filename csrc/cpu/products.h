@@ -81,7 +81,8 @@ static void pack_pair_panels(const Compute* rows, int64_t row_stride, int64_t pa
     const int vectors = static_cast<int>(smaller(kTileVectors, (padded_columns - begin) / width));
     for (int64_t pair = 0; pair < pairs; ++pair) {
       const Compute* from = rows + pair * row_stride + begin;
-      for (int v = 0; v < vectors; ++v) store<Compute>(out + pair * panel_width + v * width, load<Compute>(from + v * width));
+      for (int v = 0; v < vectors; ++v)
+        store<Compute>(out + pair * panel_width + v * width, load<Compute>(from + v * width));
     }
   }
 }

@@ -92,6 +92,34 @@ FUSEDREG_INLINE void store(Compute* to, Vector<Compute> value) {
   __builtin_memcpy(to, &value, sizeof(value));
 }
 
+// The lanes of x, and of y counted on from x's, that `lanes` names.
+template <class Compute>
+FUSEDREG_INLINE Vector<Compute> shuffled(Vector<Compute> x, Vector<Compute> y,
+                                         typename VectorTypes<Compute>::Integers lanes) {
+#if defined(__clang__)
+  Vector<Compute> result;  // clang's own shuffle wants literal lanes; it finds the instruction for this itself
+  for (int lane = 0; lane < kWidth<Compute>; ++lane) {
+    result[lane] = lanes[lane] < kWidth<Compute> ? x[lanes[lane]] : y[lanes[lane] - kWidth<Compute>];
+  }
+  return result;
+#else
+  return __builtin_shuffle(x, y, lanes);
+#endif
+}
+
+// Lanes with this bit of x change places with lanes without it of y.
+template <class Compute, int Distance>
+FUSEDREG_INLINE void exchange_halves(Vector<Compute>& x, Vector<Compute>& y) {
+  typename VectorTypes<Compute>::Integers low, high;
+  for (int lane = 0; lane < kWidth<Compute>; ++lane) {
+    low[lane] = (lane & Distance) == 0 ? lane : (lane ^ Distance) + kWidth<Compute>;
+    high[lane] = (lane & Distance) == 0 ? lane | Distance : lane + kWidth<Compute>;
+  }
+  const Vector<Compute> first = shuffled<Compute>(x, y, low);
+  y = shuffled<Compute>(x, y, high);
+  x = first;
+}
+
 // ---- Conversion between the storage types and the compute type, a whole vector at a time ----
 
 FUSEDREG_INLINE Vector<float> load_full(const float* from) { return load<float>(from); }

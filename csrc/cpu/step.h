@@ -23,7 +23,8 @@ struct MaskTables : SequenceMasks<ComputeOf<Storage>> {
 
   void take(const Plan<Storage>& plan, Arena& arena) {
     const int64_t hidden = plan.B * plan.padded_hidden;
-    if (plan.input_dropout.drawn) this->input = arena.take<Compute>(plan.B * plan.padded_input * (plan.untied_input ? 4 : 1));
+    if (plan.input_dropout.drawn)
+      this->input = arena.take<Compute>(plan.B * plan.padded_input * (plan.untied_input ? 4 : 1));
     if (plan.hidden_dropout.drawn) this->hidden = arena.take<Compute>(hidden * (plan.untied_hidden ? 4 : 1));
     if (plan.output_dropout.drawn) this->output = arena.take<Compute>(hidden);
     if (plan.update_dropout.drawn && plan.in.options.update_mask_sequence) this->update = arena.take<Compute>(hidden);

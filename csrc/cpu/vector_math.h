@@ -76,9 +76,18 @@ FUSEDREG_INLINE ScaledExpm1<Compute> scaled_expm1(Vector<Compute> x) {
   return {scale, r + r * r * p};
 }
 
-// The comparisons keep NaN: a NaN is neither above nor below and passes through.
+// NaN passes through: the comparisons are false for it, and the instructions return their second operand.
 template <class V, class Compute>
 FUSEDREG_INLINE V clamped(V x, Compute low, Compute high) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Compute) == 4) {
+    return (V)_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), (__m512)x));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Compute) == 4) {
+    return (V)_mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), (__m256)x));
+  }
+#endif
   x = x < low ? V{} + low : x;
   return x > high ? V{} + high : x;
 }
