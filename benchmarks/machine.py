@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.registry import Case
+from benchmarks.timing import spread
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "fusedreg", "triton", "numpy")
@@ -112,35 +114,71 @@ class LoopRate:
     steps: int
     batch_size: int
     hidden_size: int
+    threads: int
     gflops: float
-    fma_gflops: float | None
-    fraction: float | None
+    fma_gflops: float
+    fraction: float
+    fraction_quartiles: list[float]
 
 
-def loop_rates(cases: Iterable[Case], repeats: int = 5) -> list[dict[str, Any]]:
-    """The recurrent loop's own rate for the cases with ``B >= 32`` and ``H >= 512``; empty without the operator.
+def fma_rate(seconds: float = 0.05) -> float | None:
+    """The FMA rate of torch's threads now, or ``None`` where it cannot be measured."""
+    operator = _private_operator("_measure_fma_rate")
+    return None if operator is None else float(operator(torch.get_num_threads(), seconds))
 
-    ``torch.ops.fusedreg._time_loop(steps, rows, hidden_size) -> float`` gives the seconds of one pass of the forward
-    loop in float32: the weights packed and the input product done before, nothing kept for a backward. The FMA rate
-    is measured beside each of the ``repeats``, since a machine's clock and neighbours change; medians are given.
+
+def loop_rates(sizes: Iterable[tuple[int, int, int]], pairs: int = 7) -> list[dict[str, Any]]:
+    """The rate of the recurrent loop for each ``(T, B, H)``, on one thread and on all; empty without the kernels.
+
+    What is timed is the public layer's forward under ``no_grad`` with an input of one feature: its input product is
+    ``1/H`` of the loop's, and is not counted. Packing the recurrent weight, the cells, the output's allocation and the
+    call itself are all in the time, so the products alone are somewhat faster than what is stated. The FMA rate is
+    measured right before and right after each pass and the pass compared with the mean of both, since a machine's clock
+    and neighbours change; the median of these ratios is given.
     """
-    operator, fma = _private_operator("_time_loop"), _private_operator("_measure_fma_rate")
+    from benchmarks.variants import Unavailable, fusedreg_class, require_backend
+
     rates: list[dict[str, Any]] = []
-    if operator is None:
+    try:
+        require_backend("cpu")
+        layer = fusedreg_class("LSTM")
+    except Unavailable:
         return rates
-    for case in cases:
-        if case.batch_size < 32 or case.hidden_size < 512:
-            continue
-        size = case.hidden_size
-        flops = 8.0 * case.steps * case.batch_size * size * size
-        peaks: list[float] = []
-        reached: list[float] = []
-        for _ in range(repeats):
-            if fma is not None:
-                peaks.append(float(fma(torch.get_num_threads(), 0.05)))
-            reached.append(flops / float(operator(case.steps, case.batch_size, size)) / 1e9)
-        peak = statistics.median(peaks) if peaks else None
-        fraction = statistics.median(one / two for one, two in zip(reached, peaks, strict=True)) if peaks else None
-        rate = LoopRate(case.name, case.steps, case.batch_size, size, statistics.median(reached), peak, fraction)
-        rates.append(asdict(rate))
+    if fma_rate(1e-3) is None:
+        return rates
+    before = torch.get_num_threads()
+    try:
+        for threads in sorted({1, before}):
+            torch.set_num_threads(threads)
+            for steps, rows, hidden_size in sizes:
+                torch.manual_seed(0)
+                lstm, values = layer(1, hidden_size, backend="cpu"), torch.randn(steps, rows, 1)
+                flops = 8.0 * steps * rows * hidden_size * hidden_size
+                rates.append(asdict(_loop_rate(lstm, values, (steps, rows, hidden_size), flops, pairs)))
+    finally:
+        torch.set_num_threads(before)
     return rates
+
+
+@torch.no_grad()
+def _loop_rate(
+    lstm: Callable[..., Any], values: torch.Tensor, size: tuple[int, int, int], flops: float, pairs: int
+) -> LoopRate:
+    """Rate, loop, rate, loop, …, rate on torch's present threads."""
+    steps, rows, hidden_size = size
+    threads = torch.get_num_threads()
+    for _ in range(2):
+        lstm(values)
+    peaks = [fma_rate() or math.nan]
+    reached = []
+    for _ in range(pairs):
+        begin = time.perf_counter()
+        lstm(values)
+        reached.append(flops / (time.perf_counter() - begin) / 1e9)
+        peaks.append(fma_rate() or math.nan)
+    fraction = spread([2.0 * one / (peaks[at] + peaks[at + 1]) for at, one in enumerate(reached)])
+    name = f"T{steps} B{rows} H{hidden_size}, {threads} thread{'s' if threads > 1 else ''}"
+    rate, peak = statistics.median(reached), statistics.median(peaks)
+    return LoopRate(
+        name, steps, rows, hidden_size, threads, rate, peak, fraction.median, [fraction.lower, fraction.upper]
+    )

@@ -266,12 +266,17 @@ FULL: tuple[Comparison, ...] = (
 GPU: tuple[Comparison, ...] = (*FULL, Comparison(COMPILED_ALL, ALL, "training"))
 
 
+# ``(T, B, H)`` of the loop alone: sizes that are bound by arithmetic, from a weight of 4 MB to one of 16 MB.
+LOOP_SIZES: tuple[tuple[int, int, int], ...] = ((64, 32, 512), (64, 64, 512), (32, 64, 1024))
+
+
 @dataclass(frozen=True)
 class Preset:
     """Which comparisons are made, at which sizes, and for how long.
 
     Every comparison takes at least ``minimum_rounds`` pairs, then more while the case's ``seconds`` last.
     ``backend`` is fusedreg's; ``""`` is the one that is named as the device. ``character_model``: end with it.
+    ``loop_sizes``: ``(T, B, H)`` at which the loop alone is timed.
     """
 
     name: str
@@ -286,15 +291,18 @@ class Preset:
     memory: bool = True
     backend: str = ""
     character_model: bool = False
+    loop_sizes: tuple[tuple[int, int, int], ...] = ()
 
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("cpu", "cpu", "short", QUICK, character_model=True),
-        Preset("cpu-full", "cpu", "short", FULL, seconds=90.0, minimum_rounds=7),
+        Preset("cpu", "cpu", "short", QUICK, seconds=5.0, character_model=True, loop_sizes=LOOP_SIZES),
+        Preset("cpu-full", "cpu", "short", FULL, seconds=90.0, minimum_rounds=7, loop_sizes=LOOP_SIZES),
         Preset("gpu", "cuda", "full", GPU, ("float16", "bfloat16", "float32"), seconds=30.0, minimum_rounds=7),
-        Preset("tiny", "cpu", "tiny", QUICK, seconds=0.0, minimum_rounds=2, sample_seconds=0.0),
+        Preset(
+            "tiny", "cpu", "tiny", QUICK, seconds=0.0, minimum_rounds=2, sample_seconds=0.0, loop_sizes=((4, 32, 64),)
+        ),
     )
 }
 

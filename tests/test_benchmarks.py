@@ -374,8 +374,19 @@ def test_rates_are_measured_or_absent() -> None:
     rates = machine.fma_rates(0.01)
     assert set(rates) == {"one_thread", "all_threads"}
     assert all(rate is None or rate > 0.1 for rate in rates.values())
-    loop = machine.loop_rates([replace(tiny("small"), batch_size=32, hidden_size=512)], repeats=1)
-    assert all(row["gflops"] > 0 for row in loop)
+    assert (machine.fma_rate(0.01) is None) == (rates["all_threads"] is None)
+
+
+def test_the_loop_alone_has_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    loop = machine.loop_rates([(4, 32, 64)], pairs=2)
+    assert torch.get_num_threads() == threads
+    if BACKEND == "cpu":
+        assert {row["threads"] for row in loop} == {1, threads}
+        assert all(0 < row["fraction"] < 2 for row in loop)
+        assert all(row["gflops"] > 0 and row["fma_gflops"] > 0 for row in loop)
+    monkeypatch.setattr("benchmarks.machine._private_operator", lambda name: None)
+    assert machine.loop_rates([(4, 32, 64)]) == []
 
 
 def test_a_run_can_end_with_the_character_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
