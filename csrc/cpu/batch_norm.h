@@ -95,6 +95,7 @@ class BatchNormForward {
     Compute* previous_cells = output_gates + plan_.B * width;
     Compute* step_rows = previous_cells + plan_.B * width;  // [row][3][unit]: the masks that the second pass needs
     for_each_tile(count, [&](int64_t first, int tile_rows) {
+      for (int m = 0; m < tile_rows; ++m) context_.prefetch(rows[first + m], unit);
       recurrent_tile(context_, share_, s, unit, first, tile_rows, a + first * 4 * width, 4 * width, width);
     });
     V input_mean[4], input_scale[4], recurrent_mean[4], recurrent_scale[4], bias[4];

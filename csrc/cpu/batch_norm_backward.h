@@ -121,9 +121,11 @@ class BatchNormBackward {
     }
 
     // To the edge of N_c.
+    constexpr int64_t kAhead = 4;
     V cell_sum{}, cell_products{};
     for (int64_t i = 0; i < count; ++i) {
       const GradientRow<Storage>& row = rows[i];
+      if (i + kAhead < count) context_.prefetch(rows[i + kAhead], unit);
       V z[4];
       for (int gate = 0; gate < 4; ++gate) {
         const V a = context_.kept(row, gate, unit), r = context_.kept_input(row, gate, unit);

@@ -138,6 +138,9 @@ struct ForwardContext {
       if (row.saved_gates != nullptr) {
         __builtin_prefetch(row.saved_gates + (gate * plan.H + unit) * kept_bytes<Storage>(plan.has_norm), 1);
       }
+      if (row.saved_input_gates != nullptr) {
+        __builtin_prefetch(row.saved_input_gates + (gate * plan.H + unit) * kept_bytes<Storage>(true), 1);
+      }
     }
     __builtin_prefetch(row.cell + unit, 1);
     __builtin_prefetch(row.hidden + unit, 1);

@@ -22,6 +22,7 @@ class Forward {
     Arena arena(workspace.data());
     context.take(arena);
     context.plan.prepare();
+    advise_results(context);
     if (context.plan.asked == 1) return work(&context, 0, 1);
     run_team(context.plan.asked, work, &context);
   }
@@ -36,6 +37,21 @@ class Forward {
       run_chunk(context, share, s, smaller(s + plan.steps_per_chunk, plan.longest));
     }
     write_final_states(context, share);
+  }
+
+  // Large results are fresh memory; a page fault every 4 KB would cost more than writing them.
+  static void advise_results(const ForwardContext<Storage>& context) {
+    const Plan<Storage>& plan = context.plan;
+    const LayerOutputs& out = context.params.out;
+    const size_t states = static_cast<size_t>(plan.T * plan.B * plan.H);
+    advise(out.output, states * sizeof(Storage));
+    advise(out.cells, states * sizeof(Compute));
+    advise(out.gates, 4 * states * static_cast<size_t>(kept_bytes<Storage>(plan.has_norm)));
+    advise(out.input_gates, 4 * states * static_cast<size_t>(kept_bytes<Storage>(true)));
+  }
+  static void advise(void* result, size_t bytes) {
+    constexpr size_t kLarge = size_t{8} << 20;
+    if (result != nullptr && bytes >= kLarge) advise_huge_pages(result, bytes);
   }
 
   static void set_up(ForwardContext<Storage>& context, const Share& share) {

@@ -210,6 +210,18 @@ struct BackwardContext {
                              units_at(unit));
   }
 
+  // Asks for what enter_cell will read: where rows are taken one below the other, the processor cannot guess.
+  FUSEDREG_METHOD void prefetch(const GradientRow<Storage>& row, int64_t unit) const {
+    for (int gate = 0; gate < 4; ++gate) {
+      const int64_t at = (gate * plan.H + unit) * kept_bytes<Storage>(plan.has_norm);
+      if (row.saved_gates != nullptr) __builtin_prefetch(row.saved_gates + at);
+      if (row.saved_input_gates != nullptr) __builtin_prefetch(row.saved_input_gates + at);
+      __builtin_prefetch(row.grad_gates + gate * plan.padded_hidden + unit, 1);
+    }
+    if (row.previous_cell != nullptr) __builtin_prefetch(row.previous_cell + unit);
+    if (row.grad_output != nullptr) __builtin_prefetch(row.grad_output + unit);
+  }
+
   // From the gates and what reaches h_s, c_s and y, through zoneout, to the edge of N_c: the first half on the way
   // back. `mean`, `scale`, `gain` and `shift` are N_c's; without it 0, 1, 1 and 0.
   FUSEDREG_METHOD CellTrace<Compute> enter_cell(const GradientRow<Storage>& row, int64_t unit,
