@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,10 +12,12 @@ import torch
 
 from benchmarks import memory
 from benchmarks.checks import Check, check, check_finite
+from benchmarks.machine import fma_rate
 from benchmarks.registry import Case, Comparison, Mode, Preset, Variant
 from benchmarks.timing import Contestant, prepare, spread, time_pair
 from benchmarks.variants import Runnable, Unavailable, make_inputs, make_runnable
 
+FMA_SECONDS = 0.02
 Report = Callable[[str], None]
 
 
@@ -44,6 +47,7 @@ class CaseMeasurement:
         self.inputs = make_inputs(case, preset.device, dtype)
         self.checks: dict[str, Check] = {}
         self.entries: dict[tuple[str, Mode], Entry] = {}
+        self.fma_rates: list[float] = []
 
     def _checked(self, variant: Variant) -> Check:
         if variant.name not in self.checks:
@@ -90,6 +94,9 @@ class CaseMeasurement:
         for number in range(self.preset.maximum_rounds):
             if number >= self.preset.minimum_rounds and time.perf_counter() - begin >= self.preset.seconds:
                 break
+            rate = fma_rate(FMA_SECONDS) if torch.device(self.preset.device).type == "cpu" else None
+            if rate is not None:
+                self.fma_rates.append(rate)
             for one in samples:
                 mode = one.comparison.mode
                 ours = self.entry(one.comparison.variant, mode).contestant
@@ -174,6 +181,7 @@ def measure_case(case: Case, preset: Preset, dtype_name: str, report: Report) ->
         "bidirectional": case.bidirectional,
         "reset_rate": case.reset_rate,
         "forward_gflop": case.forward_flops / 1e9,
+        "fma_gflops": statistics.median(measurement.fma_rates) if measurement.fma_rates else None,
         "checks": {
             name: {"passed": result.passed, "detail": result.detail} for name, result in measurement.checks.items()
         },

@@ -32,7 +32,15 @@ def heading(results: Results) -> str:
 
 def cases_markdown(results: Results) -> str:
     """All tables of a run of the cases."""
-    parts = [heading(results), tables.ratio_table(results).markdown(), tables.time_table(results).markdown()]
+    parts = [heading(results), tables.ratio_table(results).markdown()]
+    losing = tables.losing_lines(results)
+    if losing:
+        parts.append("\n".join(f"- {line}" for line in losing))
+    if results["targets"]:
+        parts.append(tables.target_table(results).markdown())
+    parts.append(tables.time_table(results).markdown())
+    if results["rates"]["fma"]["all_threads"]:
+        parts.append(tables.share_table(results).markdown())
     if any(case["memory"] for case in results["cases"]):
         parts.append(tables.memory_table(results).markdown())
     fma = results["rates"]["fma"]
@@ -43,8 +51,6 @@ def cases_markdown(results: Results) -> str:
         parts.append(rates)
     if results["rates"]["loop"]:
         parts.append(tables.loop_table(results).markdown())
-    if results["targets"]:
-        parts.append(tables.target_table(results).markdown())
     missing = tables.wrong_lines(results)
     if missing:
         parts.append("\n".join(f"- {line}" for line in missing))
@@ -67,7 +73,9 @@ def character_table(results: Results) -> tables.Table:
                 f"{model['held_out'][-1]['bits']:.3f}",
             ]
         )
-    return tables.Table("Character model, held-out bits per character", header, rows)
+    return tables.Table(
+        "Character model: times in ms, held-out bits per character before and after training", header, rows
+    )
 
 
 def character_markdown(results: Results) -> str:

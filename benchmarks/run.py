@@ -105,6 +105,8 @@ def show(found: results.Results, console: Console) -> None:
 
     console.print(heading(found), highlight=False)
     shown = [tables.ratio_table(found), tables.time_table(found)]
+    if found["rates"]["fma"]["all_threads"]:
+        shown.append(tables.share_table(found))
     if any(case["memory"] for case in found["cases"]):
         shown.append(tables.memory_table(found))
     if found["rates"]["loop"]:
@@ -113,7 +115,7 @@ def show(found: results.Results, console: Console) -> None:
         shown.append(tables.target_table(found))
     for table in shown:
         console.print(table.rich())
-    for line in tables.wrong_lines(found):
+    for line in tables.losing_lines(found) + tables.wrong_lines(found):
         console.print(line, highlight=False, markup=False)
 
 

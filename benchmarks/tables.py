@@ -15,16 +15,25 @@ NAMES = {"inference": "inference", "training": "forward + backward"}
 
 @dataclass(frozen=True)
 class Table:
-    """A title, a header and rows of text. The first column is text, the others are numbers."""
+    """A title with its unit, a header and rows of text; a note where the columns need one.
+
+    The first column is text, the others are numbers.
+    """
 
     title: str
     header: list[str]
     rows: list[list[str]]
+    note: str = ""
 
     def rich(self) -> RichTable:
         """For a terminal."""
         # Text, not strings: square brackets are quartiles here and not markup.
-        table = RichTable(title=Text(self.title), title_justify="left")
+        table = RichTable(
+            title=Text(self.title),
+            title_justify="left",
+            caption=Text(self.note) if self.note else None,
+            caption_justify="left",
+        )
         for position, name in enumerate(self.header):
             table.add_column(Text(name), justify="left" if position == 0 else "right", overflow="fold")
         for row in self.rows:
@@ -32,8 +41,11 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """For a README: a GitHub table, without the title."""
-        lines = ["| " + " | ".join(self.header) + " |", "|---|" + "---:|" * (len(self.header) - 1)]
+        """For a README: the title in bold, the note, and a GitHub table."""
+        lines = [f"**{self.title}**", ""]
+        if self.note:
+            lines += [self.note, ""]
+        lines += ["| " + " | ".join(self.header) + " |", "|---|" + "---:|" * (len(self.header) - 1)]
         lines += ["| " + " | ".join(cell.replace("\n", "<br>") for cell in row) + " |" for row in self.rows]
         return "\n".join(lines)
 
@@ -78,20 +90,18 @@ def ratio_table(results: Results, *, spread: bool = True) -> Table:
         [_label(case, several), sizes(case)] + [ratio_cell(find(case, *column), spread=spread) for column in chosen]
         for case in results["cases"]
     ]
-    return Table("Ratios of times, median of pairs [quartiles]", header, rows)
+    return Table("Ratios of times (no unit), median of pairs [quartiles]", header, rows)
 
 
 def time_table(results: Results) -> Table:
-    """Milliseconds of the plain layer and its baseline, and the rate reached."""
+    """Milliseconds of the plain layer, its baseline, the regularised layer and the eager loop."""
     several = len({case["dtype"] for case in results["cases"]}) > 1
-    header = ["case", "nn.LSTM", "ours", "nn.LSTM, fwd + bwd", "ours, fwd + bwd", "all", "eager all"]
-    header += ["GFLOP/s, fwd + bwd", "% of FMA rate", "first call"]
-    peak = results["rates"]["fma"]["all_threads"]
+    header = ["case", "nn.LSTM, inference", "plain, inference", "nn.LSTM, fwd + bwd", "plain, fwd + bwd"]
+    header += ["all, fwd + bwd", "eager all, fwd + bwd", "plain's first fwd + bwd"]
     rows = []
     for case in results["cases"]:
         inference, training = (find(case, "plain", "nn.LSTM", mode) for mode in ("inference", "training"))
         everything, eager = find(case, "all", "nn.LSTM", "training"), find(case, "eager all", "all", "training")
-        rate = training.get("gflops") if training else None
         rows.append(
             [
                 _label(case, several),
@@ -101,12 +111,57 @@ def time_table(results: Results) -> Table:
                 _number(training, "milliseconds"),
                 _number(everything, "milliseconds"),
                 _number(eager, "milliseconds"),
-                f"{rate:.0f}" if rate else "–",
-                f"{rate / peak:.0%}" if rate and peak else "–",
                 _number(training, "first_call_milliseconds"),
             ]
         )
-    return Table("Milliseconds a call (medians)", header, rows)
+    return Table("Times, ms a call (medians)", header, rows)
+
+
+def shares(results: Results, case: dict[str, Any], mode: str) -> tuple[float | None, float | None]:
+    """The fractions of the FMA rate that ``nn.LSTM`` and the plain layer reach in one case.
+
+    Counted are the products alone, ``2 T B 4H (I + H)`` a layer and direction, three times that with the backward.
+    """
+    peak = case.get("fma_gflops") or results["rates"]["fma"]["all_threads"]
+    row = find(case, "plain", "nn.LSTM", mode)
+    if not peak or row is None or "ratio" not in row:
+        return None, None
+    gflop = case["forward_gflop"] * (3.0 if mode == "training" else 1.0)
+    baseline, ours = (gflop / row[key] * 1e3 / peak for key in ("against_milliseconds", "milliseconds"))
+    return baseline, ours
+
+
+def share_table(results: Results) -> Table:
+    """The fraction of the FMA rate that each side reaches: the floor of every ratio."""
+    several = len({case["dtype"] for case in results["cases"]}) > 1
+    header = ["case", "GFLOP of a forward", "FMA rate, GFLOP/s", "nn.LSTM, inference", "plain, inference"]
+    header += ["nn.LSTM, fwd + bwd", "plain, fwd + bwd"]
+    rows = []
+    for case in results["cases"]:
+        peak = case.get("fma_gflops") or results["rates"]["fma"]["all_threads"]
+        cells = [_label(case, several), f"{case['forward_gflop']:.3g}", f"{peak:.0f}" if peak else "–"]
+        for mode in ("inference", "training"):
+            cells += ["–" if share is None else f"{share:.0%}" for share in shares(results, case, mode)]
+        rows.append(cells)
+    note = (
+        "Counted are the two products, 2 T B 4H (I + H) a layer and direction, and three times that with the backward; "
+        "the FMA rate is float32's, measured beside each case. No ratio can be below nn.LSTM's own share: a program at "
+        "the full rate would reach it."
+    )
+    return Table("Share of the FMA rate, %", header, rows, note)
+
+
+def losing_lines(results: Results) -> list[str]:
+    """Every case that is slower than ``nn.LSTM``, with the room that the FMA rate leaves there."""
+    several = len({case["dtype"] for case in results["cases"]}) > 1
+    lines = []
+    for case in results["cases"]:
+        for row in case["comparisons"]:
+            if row["against"] == "nn.LSTM" and row.get("ratio", 0.0) > 1.0:
+                line = f"slower: {_label(case, several)}, {row['variant']}, {NAMES[row['mode']]}: {ratio_cell(row)}"
+                share, _ = shares(results, case, row["mode"])
+                lines.append(line + (f"; nn.LSTM is at {share:.0%} of the FMA rate" if share is not None else ""))
+    return lines
 
 
 def _number(row: dict[str, Any] | None, key: str) -> str:
@@ -134,13 +189,15 @@ def memory_table(results: Results) -> Table:
 
 def target_table(results: Results) -> Table:
     """What was to be reached, what was reached."""
-    marks = {True: "yes", False: "no", None: "not measured"}
+    marks = {True: "met", False: "missed", None: "not measured"}
     rows = []
     for target in results["targets"]:
         value = "–" if target["value"] is None else f"{target['value']:.2f}"
         bound = f"{'≤' if target['at_most'] else '≥'} {target['bound']:.2f}"
         rows.append([target["name"], bound, value, marks[target["met"]], target["detail"]])
-    return Table("Targets", ["target", "bound", "measured", "met", "detail"], rows)
+    met = sum(target["met"] is True for target in results["targets"])
+    title = f"Targets, ratios of times, bytes or rates ({met} of {len(rows)} met)"
+    return Table(title, ["what is compared", "target", "figure", "verdict", "cases"], rows)
 
 
 def loop_table(results: Results) -> Table:
@@ -175,7 +232,7 @@ def wrong_lines(results: Results) -> list[str]:
     for case in results["cases"]:
         for row in case["comparisons"]:
             if row["status"] != "ok":
-                name = f"{row['variant']} / {row['against']}, {row['mode']}"
+                name = f"{row['variant']} / {row['against']}, {NAMES[row['mode']]}"
                 named = groups.setdefault(f"{row['status']}: {row['reason']}", {}).setdefault(name, [])
                 named.append(case["name"])
     lines = []

@@ -319,6 +319,7 @@ def test_targets_take_medians_and_worst_cases(found: tuple[results.Results, Path
     assert targets["plain / nn.LSTM, forward + backward, median"].value == 0.7
     assert targets["plain / nn.LSTM, forward + backward, median"].met is True
     assert targets["plain / nn.LSTM, B = 1, worst case"].met is False
+    assert targets["plain / nn.LSTM, B = 1, worst case"].detail == "act, inference: 0.90; act, forward + backward: 0.90"
     assert targets["eager loop / all, B = 1, worst case"].value == 0.9
     assert targets["peak memory, plain / nn.LSTM, worst case"].value == 0.9
     assert targets["saved bytes, recompute / default, worst case"].met is False
@@ -336,6 +337,30 @@ def test_changes_against_a_base(found: tuple[results.Results, Path]) -> None:
     assert moved.factor == pytest.approx(2.0)
     assert moved.significant
     assert tables.change_table(changes).rows[0][-1] == "+100% *"
+
+
+def test_tables_have_titles_verdicts_and_the_floor(found: tuple[results.Results, Path]) -> None:
+    content = copy.deepcopy(found[0])
+    case = content["cases"][0]
+    row = results.find(case, "plain", "nn.LSTM", "training")
+    assert row is not None
+    assert tables.losing_lines({**content, "cases": []}) == []
+    row |= {"ratio": 1.25, "ratio_quartiles": [1.2, 1.3], "milliseconds": 5.0, "against_milliseconds": 4.0}
+    case |= {"fma_gflops": 100.0, "forward_gflop": 0.1}
+    assert tables.shares(content, case, "training") == pytest.approx((0.75, 0.6))
+    assert tables.share_table(content).rows[0][-2:] == ["75%", "60%"]
+    expected = "slower: rl, plain, forward + backward: 1.25 [1.20, 1.30]; nn.LSTM is at 75% of the FMA rate"
+    content["targets"] = results.targets_record(content)
+    text = report.markdown(content)
+    assert expected in tables.losing_lines(content)
+    assert f"- {expected}" in text
+    verdicts = [row[3] for row in tables.target_table(content).rows]
+    assert set(verdicts) <= {"met", "missed", "not measured"}
+    assert f"({verdicts.count('met')} of {len(verdicts)} met)" in text
+    for number, line in enumerate(lines := text.splitlines()):
+        if line.startswith("|---"):
+            above = [one for one in lines[: number - 1] if one]
+            assert any(one.startswith("**") for one in above[-2:]), f"no title above: {lines[number - 1]}"
 
 
 def test_plots_and_markdown(found: tuple[results.Results, Path], tmp_path: Path) -> None:

@@ -63,32 +63,25 @@ FUSEDREG_INLINE Vector<Compute> mask_of(const Site<Compute>& site, Words<Compute
 }
 
 template <class Compute>
-FUSEDREG_INLINE Words<Compute> consecutive(uint32_t first) {
-  Words<Compute> words;
-  for (int lane = 0; lane < kWidth<Compute>; ++lane) words[lane] = first + static_cast<uint32_t>(lane);
-  return words;
-}
-
-// Four vectors of words at the counters (c0, c1, c2, layer and direction).
-template <class Compute>
 struct DrawnWords {
   Words<Compute> word[4];
 };
 
+// Four vectors of words, at the counters (first, first + step ...; c1; c2; layer and direction).
 template <class Compute>
-static __attribute__((noinline)) DrawnWords<Compute> draw_words(const MaskKey& key, Words<Compute> c0, uint32_t c1,
-                                                                uint32_t c2) {
-  using Word = VectorWord<Words<Compute>>;
-  const Words<Compute> zero{};
+static __attribute__((noinline)) DrawnWords<Compute> draw_words(const MaskKey& key, uint32_t first, uint32_t step,
+                                                                uint32_t c1, uint32_t c2) {
+  using Word = CounterWord<Compute>;
   const PhiloxWords<Word> drawn =
-      philox4x32_10<Word>({c0}, {zero + c1}, {zero + c2}, {zero + key.layer_direction}, key.low, key.high);
-  return {{drawn.word[0].words, drawn.word[1].words, drawn.word[2].words, drawn.word[3].words}};
+      philox4x32_10<Word>(Word::counting(first, step), Word::counting(c1, 0), Word::counting(c2, 0),
+                          Word::counting(key.layer_direction, 0), key.low, key.high);
+  return {{drawn.word[0].words(), drawn.word[1].words(), drawn.word[2].words(), drawn.word[3].words()}};
 }
 
 // The four words of `unit` ... `unit + width - 1` in row b of a family (c2: the step t, or the family's constant).
 template <class Compute>
 FUSEDREG_INLINE DrawnWords<Compute> words_of_units(const MaskKey& key, int64_t unit, int64_t b, uint32_t c2) {
-  return draw_words<Compute>(key, consecutive<Compute>(static_cast<uint32_t>(unit)), static_cast<uint32_t>(b), c2);
+  return draw_words<Compute>(key, static_cast<uint32_t>(unit), 1, static_cast<uint32_t>(b), c2);
 }
 
 // Fills `to[0 ... padded)` with one site's mask over a whole sequence, or with its expectation.
@@ -108,8 +101,8 @@ template <class Compute>
 static void fill_weight_mask(const Site<Compute>& site, const MaskKey& key, bool by_row, int64_t row, int64_t columns,
                              Compute* to) {
   if (by_row) {
-    const Vector<Compute> mask = mask_of<Compute>(
-        site, draw_words<Compute>(key, Words<Compute>{}, static_cast<uint32_t>(row), kWeightFamily).word[0]);
+    const Vector<Compute> mask =
+        mask_of<Compute>(site, draw_words<Compute>(key, 0, 0, static_cast<uint32_t>(row), kWeightFamily).word[0]);
     for (int64_t column = 0; column < columns; column += kWidth<Compute>) store<Compute>(to + column, mask);
     return;
   }

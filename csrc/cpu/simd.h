@@ -254,67 +254,73 @@ FUSEDREG_INLINE Storage zero_of() {
   return zero;
 }
 
-// ---- The 32 x 32 bit products that Philox is made of ----
+// ---- The words that masks are drawn as, while they are drawn ----
 
+typedef uint64_t WideWords __attribute__((vector_size(kVectorBytes)));
+
+// The 64-bit products of the lower halves of the lanes.
+FUSEDREG_INLINE WideWords multiply_words(WideWords words, uint32_t factor) {
 #if defined(__AVX512F__)
-FUSEDREG_INLINE void wide_product(uint32_t a, Words<float> b, Words<float>& high, Words<float>& low) {
-  const __m512i factor = _mm512_set1_epi32(static_cast<int>(a));
-  const __m512i even = _mm512_mul_epu32((__m512i)b, factor);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)b, 32), factor);
-  high = (Words<float>)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  low = (Words<float>)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-}
+  return (WideWords)_mm512_mul_epu32((__m512i)words, _mm512_set1_epi64(factor));
+#elif defined(__AVX2__)
+  return (WideWords)_mm256_mul_epu32((__m256i)words, _mm256_set1_epi64x(factor));
+#elif defined(__SSE2__)
+  return (WideWords)_mm_mul_epu32((__m128i)words, _mm_set1_epi64x(factor));
+#else
+  return (words & 0xFFFFFFFFu) * factor;
 #endif
-#if defined(__AVX2__)
-typedef uint32_t Words256 __attribute__((vector_size(32)));
-FUSEDREG_INLINE void wide_product(uint32_t a, Words256 b, Words256& high, Words256& low) {
-  const __m256i factor = _mm256_set1_epi32(static_cast<int>(a));
-  const __m256i even = _mm256_mul_epu32((__m256i)b, factor);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)b, 32), factor);
-  high = (Words256)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  low = (Words256)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
 }
-#endif
-#if defined(__SSE2__)
-typedef uint32_t Words128 __attribute__((vector_size(16)));
-FUSEDREG_INLINE void wide_product(uint32_t a, Words128 b, Words128& high, Words128& low) {
-  const __m128i factor = _mm_set1_epi32(static_cast<int>(a));
-  const __m128i even = _mm_mul_epu32((__m128i)b, factor);
-  const __m128i odd = _mm_mul_epu32(_mm_srli_epi64((__m128i)b, 32), factor);
-  const __m128i odd_lanes = _mm_set_epi32(-1, 0, -1, 0);
-  high = (Words128)_mm_or_si128(_mm_srli_epi64(even, 32), _mm_and_si128(odd, odd_lanes));
-  low = (Words128)_mm_or_si128(_mm_andnot_si128(odd_lanes, even), _mm_slli_epi64(odd, 32));
-}
-#endif
-#if !defined(__AVX2__)
-// Vectors without an instruction of their own: word by word.
-template <class W>
-FUSEDREG_INLINE void wide_product(uint32_t a, W b, W& high, W& low) {
-  for (unsigned j = 0; j < sizeof(W) / 4; ++j) {
-    const uint64_t product = static_cast<uint64_t>(a) * b[j];
-    high[j] = static_cast<uint32_t>(product >> 32);
-    low[j] = static_cast<uint32_t>(product);
-  }
-}
-#endif
 
-// A type of this namespace around a vector of words, so that it has a WideProduct that is this namespace's alone.
-template <class W>
-struct VectorWord {
-  W words;
-  FUSEDREG_METHOD VectorWord operator^(VectorWord other) const { return {words ^ other.words}; }
-  FUSEDREG_METHOD VectorWord operator^(uint32_t other) const { return {words ^ other}; }
+// A vector of 32-bit words, each in the lower half of a 64-bit lane, where products of words need no rearranging; the
+// upper halves hold anything. Of 4-byte values there are twice as many: the even ones and the odd ones.
+template <class Compute>
+struct CounterWord {
+  static constexpr int parts = 8 / sizeof(Compute);
+  WideWords part[parts];
+
+  FUSEDREG_METHOD CounterWord operator^(CounterWord other) const {
+    CounterWord result;
+    for (int n = 0; n < parts; ++n) result.part[n] = part[n] ^ other.part[n];
+    return result;
+  }
+  FUSEDREG_METHOD CounterWord operator^(uint32_t other) const {
+    CounterWord result;
+    for (int n = 0; n < parts; ++n) result.part[n] = part[n] ^ other;
+    return result;
+  }
+
+  // first, first + step, first + 2 step ...
+  static FUSEDREG_METHOD CounterWord counting(uint32_t first, uint32_t step) {
+    CounterWord result;
+    for (int n = 0; n < parts; ++n) {
+      for (int lane = 0; lane < kVectorBytes / 8; ++lane) {
+        result.part[n][lane] = first + step * static_cast<uint32_t>(lane * parts + n);
+      }
+    }
+    return result;
+  }
+
+  FUSEDREG_METHOD Words<Compute> words() const {
+    if constexpr (parts == 2) {
+      return (Words<Compute>)((part[0] & 0xFFFFFFFFu) | (part[1] << 32));
+    } else {
+      return __builtin_convertvector(part[0], Words<Compute>);
+    }
+  }
 };
 
 }  // namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE
 
 namespace fusedreg {
 
-template <class W>
-struct WideProduct<cpu::FUSEDREG_ISA_NAMESPACE::VectorWord<W>> {
-  using Word = cpu::FUSEDREG_ISA_NAMESPACE::VectorWord<W>;
+template <class Compute>
+struct WideProduct<cpu::FUSEDREG_ISA_NAMESPACE::CounterWord<Compute>> {
+  using Word = cpu::FUSEDREG_ISA_NAMESPACE::CounterWord<Compute>;
   static FUSEDREG_METHOD void take(uint32_t a, Word b, Word& high, Word& low) {
-    cpu::FUSEDREG_ISA_NAMESPACE::wide_product(a, b.words, high.words, low.words);
+    for (int n = 0; n < Word::parts; ++n) {
+      low.part[n] = cpu::FUSEDREG_ISA_NAMESPACE::multiply_words(b.part[n], a);
+      high.part[n] = low.part[n] >> 32;
+    }
   }
 };
 

@@ -14,8 +14,8 @@ namespace fusedreg::cpu {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kLargestKept = size_t{256} << 20;
-constexpr int kBlocksKept = 4;
+constexpr size_t kLargestKept = size_t{128} << 20;
+constexpr int kBlocksKept = 2;
 
 // A block's size stands in its first bytes; what the caller gets begins one cache line later.
 constexpr size_t kHeader = 64;
