@@ -48,11 +48,18 @@ class CaseMeasurement:
         self.checks: dict[str, Check] = {}
         self.entries: dict[tuple[str, Mode], Entry] = {}
         self.fma_rates: list[float] = []
+        # Where the run's own time goes.
+        self.seconds = {"checks": 0.0, "preparation": 0.0, "pairs": 0.0}
 
     def _checked(self, variant: Variant) -> Check:
         if variant.name not in self.checks:
             self.report(f"checking {variant.name}")
-            self.checks[variant.name] = check(variant, self.case, self.preset.device, self.dtype, self.preset.backend)
+            begin = time.perf_counter()
+            preset = self.preset
+            self.checks[variant.name] = check(
+                variant, self.case, preset.device, self.dtype, preset.backend, preset.check_width
+            )
+            self.seconds["checks"] += time.perf_counter() - begin
         return self.checks[variant.name]
 
     def entry(self, variant: Variant, mode: Mode) -> Entry:
@@ -86,11 +93,13 @@ class CaseMeasurement:
 
     def time(self) -> list[Samples]:
         """Rounds over all comparisons until the preset's seconds are spent; who goes first alternates."""
+        start = time.perf_counter()
         samples = [Samples(comparison) for comparison in self.preset.comparisons]
         for one in samples:
             for variant in (one.comparison.variant, one.comparison.against):
                 self.entry(variant, one.comparison.mode)
         begin = time.perf_counter()
+        self.seconds["preparation"] = begin - start - self.seconds["checks"]
         for number in range(self.preset.maximum_rounds):
             if number >= self.preset.minimum_rounds and time.perf_counter() - begin >= self.preset.seconds:
                 break
@@ -107,6 +116,7 @@ class CaseMeasurement:
                 first, second = time_pair(ours, other, self.preset.device, swap=number % 2 == 0)
                 one.variant.append(first)
                 one.against.append(second)
+        self.seconds["pairs"] = time.perf_counter() - begin
         return samples
 
     def row(self, samples: Samples) -> dict[str, Any]:
@@ -187,6 +197,10 @@ def measure_case(case: Case, preset: Preset, dtype_name: str, report: Report) ->
         },
         "comparisons": rows,
     }
+    spent = dict(measurement.seconds)
     del measurement
+    begin = time.perf_counter()
     record["memory"] = measure_memory(case, preset, dtype, report) if preset.memory else {}
+    spent["memory"] = time.perf_counter() - begin
+    record["seconds"] = {name: round(value, 2) for name, value in spent.items()}
     return record

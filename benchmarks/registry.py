@@ -276,6 +276,7 @@ class Preset:
 
     Every comparison takes at least ``minimum_rounds`` pairs, then more while the case's ``seconds`` last.
     ``backend`` is fusedreg's; ``""`` is the one that is named as the device. ``character_model``: end with it.
+    ``check_width``: above this many units a regularised layer is checked at a smaller width (``None``: never).
     ``loop_sizes``: ``(T, B, H)`` at which the loop alone is timed.
     """
 
@@ -291,13 +292,14 @@ class Preset:
     memory: bool = True
     backend: str = ""
     character_model: bool = False
+    check_width: int | None = None
     loop_sizes: tuple[tuple[int, int, int], ...] = ()
 
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("cpu", "cpu", "short", QUICK, seconds=5.0, character_model=True, loop_sizes=LOOP_SIZES),
+        Preset("cpu", "cpu", "short", QUICK, seconds=5.0, character_model=True, check_width=256, loop_sizes=LOOP_SIZES),
         Preset("cpu-full", "cpu", "short", FULL, seconds=90.0, minimum_rounds=7, loop_sizes=LOOP_SIZES),
         Preset("gpu", "cuda", "full", GPU, ("float16", "bfloat16", "float32"), seconds=30.0, minimum_rounds=7),
         Preset(

@@ -96,7 +96,10 @@ def summary(record: dict[str, object]) -> str:
     cells = [
         f"{row['variant']} / {row['against']} {row['mode']} {tables.ratio_cell(row, spread=False)}" for row in rows
     ]
-    return f"{record['name']}, {record['dtype']}: " + "; ".join(cells[:5])
+    seconds = record["seconds"]
+    assert isinstance(seconds, dict)
+    spent = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    return f"{record['name']}, {record['dtype']}: " + "; ".join(cells[:5]) + f" ({spent})"
 
 
 def show(found: results.Results, console: Console) -> None:

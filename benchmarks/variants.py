@@ -5,6 +5,8 @@ The only file that knows how each implementation is built. What cannot be built 
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +105,13 @@ def require_backend(backend: str) -> None:
         raise Unavailable(f"fusedreg's backend {backend!r} cannot be used here: {available.reason}")
 
 
+@functools.lru_cache(maxsize=1)
+def _template(input_size: int, hidden_size: int, num_layers: int, bidirectional: bool) -> nn.LSTM:
+    """The weights of a case. Drawing tens of millions takes longer than copying them."""
+    torch.manual_seed(1)
+    return nn.LSTM(input_size, hidden_size, num_layers, bidirectional=bidirectional)
+
+
 def make_module(variant: Variant, case: Case, *, backend: str = "auto") -> nn.Module:
     """The module of ``variant`` on the CPU in float32, with the same initial weights for every variant.
 
@@ -110,10 +119,9 @@ def make_module(variant: Variant, case: Case, *, backend: str = "auto") -> nn.Mo
     variant cannot be built.
     """
     sizes = (case.input_size, case.hidden_size, case.num_layers)
-    torch.manual_seed(1)
-    template = nn.LSTM(*sizes, bidirectional=case.bidirectional)
+    template = _template(*sizes, case.bidirectional)
     if variant.implementation == "torch":
-        return template
+        return copy.deepcopy(template)
     module: nn.Module
     if variant.implementation == "fusedreg":
         require_backend(backend)

@@ -257,6 +257,21 @@ def test_a_failing_variant_does_not_hide_the_others(monkeypatch: pytest.MonkeyPa
     assert by_name["eager all", "training"]["reason"] == "all: RuntimeError: planted"
 
 
+def test_a_wide_regularised_layer_is_checked_narrower() -> None:
+    assert [checks.cut_width(size, 256) for size in (80, 256, 383, 384, 400, 1500, 2048)] == [
+        80,
+        256,
+        383,
+        256,
+        272,
+        348,
+        256,
+    ]
+    assert checks.cut_width(2048, None) == 2048
+    case = Case("x", "", steps=2, batch_size=2, input_size=3, hidden_size=400)
+    assert checks.check_layer(ALL, case, "cpu", torch.float32, "reference", 256).detail.endswith(", at I3 H272")
+
+
 def test_no_fallback_is_timed() -> None:
     with pytest.raises(Unavailable, match="no backend 'cuda:7'"):
         make_module(PLAIN, tiny("small"), backend="cuda:7")
