@@ -28,7 +28,8 @@ PLAIN_STEPS, PLAIN_FLOP, LAYER_STEPS = 16, 1e10, 3
 WIDTH_BLOCK = 128
 # With two or three rows a batch norm amplifies rounding so much that two correct programs differ.
 BATCH_NORM_ROWS = 8
-SEEDS_AT_LEAST, SEEDS_AT_MOST, FLOP_FOR_SEEDS = 2, 8, 2e9
+# Drawing a weight's mask in the reference takes about as long as this many operations.
+SEEDS_AT_LEAST, SEEDS_AT_MOST, FLOP_FOR_SEEDS, FLOP_FOR_WEIGHT = 2, 8, 2e9, 1200
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def check_layer(
     )
     # One layer and direction: as many seeds as the budget's definition asks for, where they are cheap.
     flops = replace(short, num_layers=1, bidirectional=False).flops("training")
+    flops += FLOP_FOR_WEIGHT * 4 * short.hidden_size * (short.input_size + short.hidden_size)
     seeds = max(SEEDS_AT_LEAST, min(SEEDS_AT_MOST, int(FLOP_FOR_SEEDS / flops)))
     keywords = fusedreg_keywords(variant, short)
     keywords.pop("recompute", None)
