@@ -136,8 +136,8 @@ class AfterLoop {
           masked_column_tile<Compute>(rows, vectors, dr, plan.gate_stride, panels, begin / panel_width,
                                       plan.padded_hidden, mask_of, sum);
         } else {
-          column_tile<Compute>(rows, vectors, dr, plan.gate_stride, panels, begin / panel_width, plan.padded_hidden,
-                               sum);
+          column_tile<Compute>(rows, vectors, dr, plan.gate_stride, panels, begin / panel_width, offset / kTileRows,
+                               plan.padded_hidden, sum);
         }
         for (int m = 0; m < rows; ++m) {
           for (int v = 0; v < vectors; ++v) {

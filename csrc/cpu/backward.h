@@ -236,7 +236,8 @@ class Backward {
           masked_column_tile<Compute>(tile_rows, vectors, da, row_stride, panels, panel, plan.padded_hidden, mask_of,
                                       sum);
         } else {
-          column_tile<Compute>(tile_rows, vectors, da, row_stride, panels, panel, plan.padded_hidden, sum);
+          column_tile<Compute>(tile_rows, vectors, da, row_stride, panels, panel, first / kTileRows, plan.padded_hidden,
+                               sum);
         }
         for (int m = 0; m < tile_rows; ++m) {
           const GradientRow<Storage>& row = rows[first + m];

@@ -96,7 +96,8 @@ class BatchNormForward {
     Compute* step_rows = previous_cells + plan_.B * width;  // [row][3][unit]: the masks that the second pass needs
     for_each_tile(count, [&](int64_t first, int tile_rows) {
       for (int m = 0; m < tile_rows; ++m) context_.prefetch(rows[first + m], unit);
-      recurrent_tile(context_, share_, s, unit, first, tile_rows, a + first * 4 * width, 4 * width, width);
+      recurrent_tile(context_, share_, s, unit, unit + width, first, tile_rows, a + first * 4 * width, 4 * width,
+                     width);
     });
     V input_mean[4], input_scale[4], recurrent_mean[4], recurrent_scale[4], bias[4];
     for (int gate = 0; gate < 4; ++gate) {

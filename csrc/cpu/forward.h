@@ -220,7 +220,8 @@ class Forward {
       // All rows' products first, then all their cells: each change between the two drains the pipeline once.
       for_each_tile(count, [&](int64_t first, int tile_rows) {
         for (int m = 0; m < tile_rows; ++m) context.prefetch(rows[first + m], unit);
-        recurrent_tile(context, share, s, unit, first, tile_rows, a + first * 4 * width, 4 * width, width);
+        recurrent_tile(context, share, s, unit, backwards ? unit - width : unit + width, first, tile_rows,
+                       a + first * 4 * width, 4 * width, width);
       });
       for (int64_t i = 0; i < count; ++i) {
         const StepRow<Storage>& row = rows[i];

@@ -105,7 +105,7 @@ struct BackwardContext {
     wants_bias = given.grad_bias != nullptr || given.grad_norm_input_bias != nullptr ||
                  given.grad_norm_recurrent_bias != nullptr;
     const int64_t pack_room = (width + 2) * rounded_up(larger(plan.I, plan.H), panel_width);
-    const int64_t turned = plan.largest_chunk * kTileRows + width;
+    const int64_t turned = room_for_turned_tiles<Compute>(plan.largest_chunk);
     const int64_t trace = static_cast<int64_t>(sizeof(CellTrace<Compute>) / sizeof(Compute));
     const int64_t norm_room = plan.in.options.norm == NormKind::Batch   ? plan.B * trace
                               : plan.in.options.norm == NormKind::Layer ? plan.padded_hidden / width * trace

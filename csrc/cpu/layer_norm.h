@@ -87,7 +87,7 @@ static void layer_norm_step(ForwardContext<Storage>& context, const Share& share
   const int64_t padded = plan.padded_hidden;
   for (int64_t unit = 0; unit < padded; unit += width) {
     for_each_tile(count, [&](int64_t first, int tile_rows) {
-      recurrent_tile(context, share, s, unit, first, tile_rows,
+      recurrent_tile(context, share, s, unit, unit + width, first, tile_rows,
                      context.recurrent_gates + (share.first_rank + first * share.rank_step) * plan.gate_stride + unit,
                      share.rank_step * plan.gate_stride, padded);
     });

@@ -17,7 +17,8 @@ static void gate_product(const Compute* left, int64_t left_stride, int64_t copy_
       const int64_t pair = first_pair + row;
       multiply_tile<Compute>(rows, kTileVectors,
                              {left + pair * left_stride, left_stride, 1, copy_stride, panels + unit * 4 * depth,
-                              4 * width, depth, out + pair * out_stride + unit, out_stride, padded_hidden, accumulate});
+                              4 * width, depth, out + pair * out_stride + unit, out_stride, padded_hidden, accumulate,
+                              part_of_next_panel(panels + (unit + width) * 4 * depth, row / kTileRows, depth)});
     });
   }
 }
@@ -87,28 +88,44 @@ static void pack_pair_panels(const Compute* rows, int64_t row_stride, int64_t pa
   }
 }
 
+constexpr int kTilesTurned = 8;
+
+template <class Compute>
+FUSEDREG_INLINE int64_t room_for_turned_tiles(int64_t pairs) {
+  return kTilesTurned * (pairs * kTileRows + kWidth<Compute>);
+}
+
 // gradient[unit][column] += sum over pairs of dz[pair][unit] * right[pair][column], for one gate and a
-// range of units. `left` is room for one tile of dz, turned so that its pairs run last.
+// range of units. `left` is room for some tiles of dz, turned so that their pairs run last: each panel of the right
+// side is used for all of them while it is in cache.
 template <class Compute>
 static void weight_gradient(const Compute* dz, int64_t dz_stride, const Compute* panels, int64_t pairs,
                             int64_t padded_columns, int64_t first_unit, int64_t last_unit, Compute* left,
                             Compute* gradient, int64_t gradient_stride, bool accumulate) {
   constexpr int width = kWidth<Compute>;
   constexpr int panel_width = width * kTileVectors;
-  for_each_tile(last_unit - first_unit, [&](int64_t row, int rows) {
-    const int64_t unit = first_unit + row;
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      const Compute* from = dz + pair * dz_stride + unit;
-      // Whole vectors: what lies past the tile's rows is overwritten by the next pair, or is room past the last.
-      for (int m = 0; m < rows; m += width) store<Compute>(left + pair * kTileRows + m, load<Compute>(from + m));
-    }
+  const int64_t tile_room = pairs * kTileRows + width;
+  for (int64_t begin = first_unit; begin < last_unit; begin += kTilesTurned * kTileRows) {
+    const int64_t end = smaller(begin + kTilesTurned * kTileRows, last_unit);
+    for_each_numbered_tile(end - begin, [&](int64_t n, int64_t row, int rows) {
+      Compute* turned = left + n * tile_room;
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const Compute* from = dz + pair * dz_stride + begin + row;
+        // Whole vectors: what lies past the tile's rows is overwritten by the next pair, or is room past the last.
+        for (int m = 0; m < rows; m += width) store<Compute>(turned + pair * kTileRows + m, load<Compute>(from + m));
+      }
+    });
     for (int64_t column = 0, panel = 0; column < padded_columns; column += panel_width, ++panel) {
       const int vectors = static_cast<int>(smaller(kTileVectors, (padded_columns - column) / width));
-      multiply_tile<Compute>(rows, vectors,
-                             {left, 1, kTileRows, 0, panels + panel * pairs * panel_width, panel_width, pairs,
-                              gradient + unit * gradient_stride + column, gradient_stride, width, accumulate});
+      const Compute* right = panels + panel * pairs * panel_width;
+      for_each_numbered_tile(end - begin, [&](int64_t n, int64_t row, int rows) {
+        multiply_tile<Compute>(rows, vectors,
+                               {left + n * tile_room, 1, kTileRows, 0, right, panel_width, pairs,
+                                gradient + (begin + row) * gradient_stride + column, gradient_stride, width, accumulate,
+                                part_of_next_panel(right + pairs * panel_width, n, pairs)});
+      });
     }
-  });
+  }
 }
 
 // The right side of dz W: packed panels, or, where few rows meet it, the weight itself.
@@ -122,12 +139,13 @@ struct ColumnPanels {
 // One tile of dz W: rows x up to four vectors of columns, over all gates.
 template <class Compute>
 FUSEDREG_INLINE void column_tile(int rows, int vectors, const Compute* dz, int64_t dz_row,
-                                 const ColumnPanels<Compute>& panels, int64_t panel, int64_t padded_hidden,
-                                 Compute* out) {
+                                 const ColumnPanels<Compute>& panels, int64_t panel, int64_t tile,
+                                 int64_t padded_hidden, Compute* out) {
   constexpr int width = kWidth<Compute>;
+  const Compute* right = panels.first + panel * panels.panel_stride;
   multiply_tile<Compute>(rows, vectors,
-                         {dz, dz_row, 1, 0, panels.first + panel * panels.panel_stride, panels.depth_stride,
-                          4 * padded_hidden, out, width * kTileVectors, width, false});
+                         {dz, dz_row, 1, 0, right, panels.depth_stride, 4 * padded_hidden, out, width * kTileVectors,
+                          width, false, part_of_next_panel(right + panels.panel_stride, tile, 4 * padded_hidden)});
 }
 
 // The same where each gate saw its left side through a mask of its own: gate by gate, each share times its mask.
@@ -155,10 +173,11 @@ static void masked_column_tile(int rows, int vectors, const Compute* dz, int64_t
   }
 }
 
-// a = h W_hh^T of one vector of units for some of a worker's rows at step s.
+// a = h W_hh^T of one vector of units for some of a worker's rows at step s. `next_unit`: whose turn it is after these.
 template <class Context>
-FUSEDREG_INLINE void recurrent_tile(const Context& context, const Share& share, int64_t s, int64_t unit, int64_t first,
-                                    int rows, typename Context::Compute* out, int64_t out_row, int64_t out_vector) {
+FUSEDREG_INLINE void recurrent_tile(const Context& context, const Share& share, int64_t s, int64_t unit,
+                                    int64_t next_unit, int64_t first, int rows, typename Context::Compute* out,
+                                    int64_t out_row, int64_t out_vector) {
   using Compute = typename Context::Compute;
   const auto& plan = context.plan;
   const int64_t stride = context.exchange_stride();
@@ -170,7 +189,8 @@ FUSEDREG_INLINE void recurrent_tile(const Context& context, const Share& share, 
   }
   multiply_tile<Compute>(rows, kTileVectors,
                          {left, share.rank_step * stride, 1, copy_stride, context.packed_hh + unit * 4 * plan.H,
-                          4 * kWidth<Compute>, plan.H, out, out_row, out_vector, false});
+                          4 * kWidth<Compute>, plan.H, out, out_row, out_vector, false,
+                          part_of_next_panel(context.packed_hh + next_unit * 4 * plan.H, first / kTileRows, plan.H)});
 }
 
 }  // namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE

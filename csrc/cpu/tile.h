@@ -20,7 +20,16 @@ struct Tile {
   Compute* out;
   int64_t out_row, out_vector;
   bool accumulate;  // add to what is in out
+  // What the tiles after this one will read, asked for a cache line each step of the depth; null: nothing.
+  const Compute* next = nullptr;
 };
+
+// `next` for tile number `tile` of those that share a panel of the right side: together they ask for all of the next.
+template <class Compute>
+FUSEDREG_INLINE const Compute* part_of_next_panel(const Compute* panel, int64_t tile, int64_t depth) {
+  constexpr int64_t parts = kTileVectors * kVectorBytes / 64;
+  return panel != nullptr && tile < parts ? panel + tile * depth * static_cast<int64_t>(64 / sizeof(Compute)) : nullptr;
+}
 
 // Terms summed one after the other before their sum is added to the total: rounding errors grow with the root of this
 // and of the number of such sums, not of the whole depth.
@@ -36,6 +45,8 @@ static void tile_kernel(const Tile<Compute>& tile) {
 #pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m) rows[m] = tile.a + m * tile.a_row;
   const Compute* b = tile.b;
+  const char* next = reinterpret_cast<const char*>(tile.next != nullptr ? tile.next : b);
+  const int64_t next_step = tile.next != nullptr ? 64 : 0;
   const int64_t a_depth = tile.a_depth, a_vector = tile.a_vector, b_depth = tile.b_depth;
   bool accumulate = tile.accumulate;
   int64_t remaining = tile.depth;
@@ -45,6 +56,8 @@ static void tile_kernel(const Tile<Compute>& tile) {
     const Compute* const b_end = b + depth * b_depth;
 #pragma GCC unroll 1
     for (int64_t offset = 0; b != b_end; b += b_depth, offset += a_depth) {
+      __builtin_prefetch(next, 0, 2);
+      next += next_step;
       V columns[Vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) columns[v] = load<Compute>(b + v * width);
@@ -103,14 +116,20 @@ static void multiply_tile(int rows, int vectors, const Tile<Compute>& tile) {
   }
 }
 
-// Cuts `count` rows into tiles of nearly the same height, none above kTileRows: body(first, rows).
+// Cuts `count` rows into tiles of nearly the same height, none above kTileRows: body(number, first, rows).
 template <class Body>
-FUSEDREG_INLINE void for_each_tile(int64_t count, const Body& body) {
+FUSEDREG_INLINE void for_each_numbered_tile(int64_t count, const Body& body) {
   const int64_t tiles = (count + kTileRows - 1) / kTileRows;
   for (int64_t n = 0; n < tiles; ++n) {
     const int64_t first = n * count / tiles, last = (n + 1) * count / tiles;
-    body(first, static_cast<int>(last - first));
+    body(n, first, static_cast<int>(last - first));
   }
+}
+
+// The same for a body that does not ask for the number: body(first, rows).
+template <class Body>
+FUSEDREG_INLINE void for_each_tile(int64_t count, const Body& body) {
+  for_each_numbered_tile(count, [&](int64_t, int64_t first, int rows) { body(first, rows); });
 }
 
 }  // namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE
