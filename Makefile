@@ -15,7 +15,7 @@
 #   SETUP=0                   installs nothing: PYTHON is an environment that has everything already
 #   TESTS=tests/test_x.py     what `make test` and `make sanitize` run
 #   ARGUMENTS="-k name -x"    goes to pytest
-#   BENCH="--preset full"     arguments of `make bench`
+#   BENCH="--preset cpu-full"     arguments of `make bench`
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -279,6 +279,10 @@ class LSTM(Refusals, nn.Module):
                 running statistics are then as before.
         """
         plan = self._plans[self.training, self.recompute, bool(return_cell_states)]
+        if plan.batch_first is not self.batch_first:  # assigned after construction, as nn.LSTM allows
+            validation.check_flag("batch_first", self.batch_first)
+            self._prepare()
+            plan = self._plans[self.training, self.recompute, bool(return_cell_states)]
         running = self._layer_buffers() if self._buffer_groups else None
         call = functional.run(
             plan, input, hx, self._layer_parameters(), running, lengths, reset, seed, generator, self.backend

@@ -419,3 +419,15 @@ def test_docstring_mentions_every_argument() -> None:
     for function in (fusedreg.LSTM.__init__, fusedreg.LSTM.forward):
         for name in list(inspect.signature(function).parameters)[1:]:
             assert re.search(rf"\b{name}\b", text), name
+
+
+def test_batch_first_can_be_assigned_later() -> None:
+    module, theirs = fusedreg.LSTM(3, 4), nn.LSTM(3, 4)
+    for lstm in (module, theirs):
+        lstm.batch_first = True
+    input = torch.randn(2, 5, 3)
+    assert module(input).output.shape == theirs(input)[0].shape == (2, 5, 4)
+    assert module(input)[1][0].shape == theirs(input)[1][0].shape == (1, 2, 4)
+    module.batch_first = 1  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="batch_first"):
+        module(input)

@@ -301,6 +301,7 @@ struct CounterWord {
   }
 
   FUSEDREG_METHOD Words<Compute> words() const {
+    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the even words are taken to stand before the odd ones");
     if constexpr (parts == 2) {
       return (Words<Compute>)((part[0] & 0xFFFFFFFFu) | (part[1] << 32));
     } else {

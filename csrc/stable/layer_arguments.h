@@ -157,6 +157,9 @@ class LayerArguments {
     options.norm_recurrent = flag(9);
     options.norm_cell = flag(10);
     options.norm_input_sequence = flag(11);
+    // Flags of a norm that is off mean nothing, and nothing may depend on them.
+    if (options.norm == NormKind::None) options.norm_input = options.norm_recurrent = options.norm_cell = false;
+    if (options.norm != NormKind::Batch) options.norm_input_sequence = false;
     options.return_cells = flag(12);
     options.save = static_cast<Save>(limit(13, 3));
   }
