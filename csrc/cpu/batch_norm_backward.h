@@ -41,6 +41,7 @@ class BatchNormBackward {
         const Moments<Compute> moments = load_moments<Compute>(context_.params.saved.input_statistics, 0, 4 * plan_.H,
                                                                gate * plan_.H + unit, units_at(unit), of_batch);
         const V scale = moments.scale(plan_.in.norm_eps);
+        const V spread = moments.spread_scale(plan_.in.norm_eps);
         const V factor = scale * load<Compute>(context_.norm.input_gain + at);
         const V products = load<Compute>(context_.gradient_input_gain + at);
         V sum{};
@@ -55,7 +56,7 @@ class BatchNormBackward {
         const V mean = of_batch ? sum * inverse : V{};
         const V slope = of_batch ? products * inverse : V{};
         for_each_pair(plan_, first_step, 0, pairs, [&](int64_t pair, int64_t rank, int64_t s) {
-          const V normalised = (kept_input_at(pair, rank, s, gate, unit) - moments.mean) * scale;
+          const V normalised = (kept_input_at(pair, rank, s, gate, unit) - moments.mean) * spread;
           const V grad = load<Compute>(context_.grad_gates + pair * plan_.gate_stride + at);
           store<Compute>(context_.grad_input_gates + pair * plan_.gate_stride + at,
                          factor * (grad - mean - normalised * slope));
@@ -84,9 +85,9 @@ class BatchNormBackward {
   struct GateNorm {
     bool on = false;
     Moments<Compute> moments;
-    V scale, gain;
+    V scale, spread, gain;
     V sum{}, products{};  // of dz, and of dz times the normalised value
-    FUSEDREG_METHOD V normalised(V value) const { return (value - moments.mean) * scale; }
+    FUSEDREG_METHOD V normalised(V value) const { return (value - moments.mean) * spread; }
   };
 
   GateNorm gate_norm(bool on, const void* statistics, int64_t row, bool of_batch, const Compute* gains, int gate,
@@ -96,6 +97,7 @@ class BatchNormBackward {
     if (!on) return norm;
     norm.moments = load_moments<Compute>(statistics, row, 4 * plan_.H, gate * plan_.H + unit, units_at(unit), of_batch);
     norm.scale = norm.moments.scale(plan_.in.norm_eps);
+    norm.spread = norm.moments.spread_scale(plan_.in.norm_eps);
     norm.gain = load<Compute>(gains + gate * plan_.padded_hidden + unit);
     return norm;
   }
@@ -112,10 +114,12 @@ class BatchNormBackward {
                                   context_.norm.recurrent_gain, gate, unit);
     }
     Moments<Compute> cell{V{}, broadcast<Compute>(1), false};
-    V cell_scale = broadcast<Compute>(1), cell_gain = broadcast<Compute>(1), cell_shift{};
+    V cell_scale = broadcast<Compute>(1), cell_spread = broadcast<Compute>(1), cell_gain = broadcast<Compute>(1),
+      cell_shift{};
     if (options.norm_cell) {
       cell = load_moments<Compute>(saved.cell_statistics, s, plan_.H, unit, units_at(unit), of_batch);
       cell_scale = cell.scale(plan_.in.norm_eps);
+      cell_spread = cell.spread_scale(plan_.in.norm_eps);
       cell_gain = load<Compute>(context_.norm.cell_gain + unit);
       cell_shift = load<Compute>(context_.norm.cell_shift + unit);
     }
@@ -135,7 +139,7 @@ class BatchNormBackward {
             ((input[gate].on ? input[gate].normalised(r) * input[gate].gain : r) + load<Compute>(context_.bias + at));
       }
       CellTrace<Compute> trace = context_.enter_cell(row, unit, activated<Compute>(z));
-      trace.normalised = (trace.candidate - cell.mean) * cell_scale;
+      trace.normalised = (trace.candidate - cell.mean) * cell_spread;
       context_.leave_output(trace, options.norm_cell ? trace.normalised * cell_gain + cell_shift : trace.candidate);
       cell_sum += trace.grad_normalised;
       cell_products += trace.grad_normalised * trace.normalised;

@@ -14,6 +14,8 @@ struct RowMoments {
   FUSEDREG_METHOD Compute scale(double eps) const {
     return inverse_square_root<Compute>(broadcast<Compute>(variance + static_cast<Compute>(eps)))[0];
   }
+  // As Moments::spread_scale.
+  FUSEDREG_METHOD Compute spread_scale(double eps) const { return variance > 0 ? scale(eps) : Compute(0); }
 };
 
 template <class Compute>

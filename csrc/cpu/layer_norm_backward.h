@@ -15,7 +15,7 @@ static void through_row_norm(const Plan<Storage>& plan, int groups, const RowMom
   using Compute = ComputeOf<Storage>;
   using V = Vector<Compute>;
   constexpr int width = kWidth<Compute>;
-  const Compute scale = moments.scale(plan.in.norm_eps);
+  const Compute scale = moments.scale(plan.in.norm_eps), spread = moments.spread_scale(plan.in.norm_eps);
   V sum{}, products{};
   for (int group = 0; group < groups; ++group) {
     V part_of_sum{}, part_of_products{};
@@ -23,7 +23,7 @@ static void through_row_norm(const Plan<Storage>& plan, int groups, const RowMom
       const int64_t at = group * plan.padded_hidden + unit;
       const V grad = load<Compute>(grads + at) * load<Compute>(gains + at);  // gains are 0 in the padding
       part_of_sum += grad;
-      part_of_products += grad * ((values(group, unit) - moments.mean) * scale);
+      part_of_products += grad * ((values(group, unit) - moments.mean) * spread);
     }
     sum += part_of_sum;
     products += part_of_products;
@@ -34,7 +34,7 @@ static void through_row_norm(const Plan<Storage>& plan, int groups, const RowMom
     for (int64_t unit = 0; unit < plan.padded_hidden; unit += width) {
       const int64_t at = group * plan.padded_hidden + unit;
       const V grad = load<Compute>(grads + at) * load<Compute>(gains + at);
-      const V normalised = (values(group, unit) - moments.mean) * scale;
+      const V normalised = (values(group, unit) - moments.mean) * spread;
       store<Compute>(results + at, first_lanes<Compute>(scale * (grad - mean - normalised * slope),
                                                         static_cast<int>(smaller(width, plan.H - unit))));
     }
@@ -59,9 +59,10 @@ static void layer_norm_step_backward(const BackwardContext<Storage>& context, co
     if (options.norm_input) input = load_row_moments<Compute>(saved.input_statistics, row.t, row.b, plan.B);
     if (options.norm_recurrent) recurrent = load_row_moments<Compute>(saved.recurrent_statistics, row.t, row.b, plan.B);
     if (options.norm_cell) cell = load_row_moments<Compute>(saved.cell_statistics, row.t, row.b, plan.B);
-    const Compute input_scale = options.norm_input ? input.scale(eps) : 1;
-    const Compute recurrent_scale = options.norm_recurrent ? recurrent.scale(eps) : 1;
+    const Compute input_spread = options.norm_input ? input.spread_scale(eps) : 1;
+    const Compute recurrent_spread = options.norm_recurrent ? recurrent.spread_scale(eps) : 1;
     const Compute cell_scale = options.norm_cell ? cell.scale(eps) : 1;
+    const Compute cell_spread = options.norm_cell ? cell.spread_scale(eps) : 1;
 
     // To the edge of N_c.
     V cell_sum{}, cell_products{};
@@ -69,14 +70,14 @@ static void layer_norm_step_backward(const BackwardContext<Storage>& context, co
       V z[4];
       for (int gate = 0; gate < 4; ++gate) {
         const int64_t at = gate * padded + unit;
-        z[gate] = (context.kept(row, gate, unit) - recurrent.mean) * recurrent_scale *
+        z[gate] = (context.kept(row, gate, unit) - recurrent.mean) * recurrent_spread *
                       load<Compute>(context.norm.recurrent_gain + at) +
-                  ((context.kept_input(row, gate, unit) - input.mean) * input_scale *
+                  ((context.kept_input(row, gate, unit) - input.mean) * input_spread *
                        load<Compute>(context.norm.input_gain + at) +
                    load<Compute>(context.bias + at));
       }
       CellTrace<Compute> trace = context.enter_cell(row, unit, activated<Compute>(z));
-      trace.normalised = (trace.candidate - cell.mean) * cell_scale;
+      trace.normalised = (trace.candidate - cell.mean) * cell_spread;
       const V gain = load<Compute>(context.norm.cell_gain + unit);
       context.leave_output(trace, options.norm_cell
                                       ? trace.normalised * gain + load<Compute>(context.norm.cell_shift + unit)
@@ -140,15 +141,15 @@ static void layer_norm_column_sums(const BackwardContext<Storage>& context, int6
     RowMoments<Compute> input_moments, recurrent_moments;
     if (options.norm_input) input_moments = load_row_moments<Compute>(saved.input_statistics, t, b, plan.B);
     if (options.norm_recurrent) recurrent_moments = load_row_moments<Compute>(saved.recurrent_statistics, t, b, plan.B);
-    const Compute input_scale = input_moments.scale(plan.in.norm_eps);
-    const Compute recurrent_scale = recurrent_moments.scale(plan.in.norm_eps);
+    const Compute input_spread = input_moments.spread_scale(plan.in.norm_eps);
+    const Compute recurrent_spread = recurrent_moments.spread_scale(plan.in.norm_eps);
     for (int gate = 0; gate < 4; ++gate) {
       const V grad = load<Compute>(context.grad_gates + scratch + gate * plan.padded_hidden + unit);
       if (options.norm_input) {
-        input[gate] += grad * ((context.kept_input(row, gate, unit) - input_moments.mean) * input_scale);
+        input[gate] += grad * ((context.kept_input(row, gate, unit) - input_moments.mean) * input_spread);
       }
       if (options.norm_recurrent) {
-        recurrent[gate] += grad * ((context.kept(row, gate, unit) - recurrent_moments.mean) * recurrent_scale);
+        recurrent[gate] += grad * ((context.kept(row, gate, unit) - recurrent_moments.mean) * recurrent_spread);
       }
     }
     if (options.norm_cell) {

@@ -27,6 +27,12 @@ struct Moments {
   FUSEDREG_METHOD Vector<Compute> scale(double eps) const {
     return inverse_square_root<Compute>(variance + static_cast<Compute>(eps));
   }
+  // What (x - mean) is multiplied with on the way back, where x may have been recomputed: without any spread in the
+  // batch the normalised value is exactly 0, and a last bit of x must not become 1 / sqrt(eps) times itself.
+  FUSEDREG_METHOD Vector<Compute> spread_scale(double eps) const {
+    const Vector<Compute> given = scale(eps);
+    return of_batch ? (variance > 0 ? given : Vector<Compute>{}) : given;
+  }
 };
 
 // Over `rows` rows that stand `stride` apart, in two passes: the variance of what the mean has been taken from.
