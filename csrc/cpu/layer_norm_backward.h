@@ -86,7 +86,10 @@ static void layer_norm_step_backward(const BackwardContext<Storage>& context, co
         const V products = trace.grad_normalised * trace.normalised;
         store<Compute>(row.cell_terms + unit, trace.grad_normalised);
         store<Compute>(row.cell_terms + padded + unit, products);
-        cell_sum += trace.grad_normalised * gain;
+        // Kept as the rounded product: what is subtracted from it below is a mean of such products, and over a single
+        // unit the two must cancel to exactly 0, which a product fused into the subtraction would not.
+        trace.grad_normalised *= gain;
+        cell_sum += trace.grad_normalised;
         cell_products += products * gain;
       }
       traces[unit / width] = trace;
@@ -100,8 +103,7 @@ static void layer_norm_step_backward(const BackwardContext<Storage>& context, co
       const CellTrace<Compute>& trace = traces[unit / width];
       V through_norm = trace.grad_normalised;
       if (options.norm_cell) {
-        through_norm = cell_scale * (trace.grad_normalised * load<Compute>(context.norm.cell_gain + unit) - mean -
-                                     trace.normalised * slope);
+        through_norm = cell_scale * (trace.grad_normalised - mean - trace.normalised * slope);
       }
       context.leave_cell(row, unit, trace, trace.grad_candidate + through_norm);
     }
