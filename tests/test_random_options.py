@@ -93,12 +93,19 @@ def cases(draw: st.DrawFn) -> LayerCase:
     )
 
 
+# What norms of few rows or features may make of float64's rounding.
+NORM_ERROR = 1e-6
+
+
 def agree(ours: dict[str, Tensor], exact: dict[str, Tensor], allowed: float) -> None:
     assert ours.keys() == exact.keys()
     for name, value in exact.items():
         assert ours[name].shape == value.shape and ours[name].dtype == value.dtype, name
-        zero = value == 0
-        assert (ours[name][zero] == 0).all(), f"{name} is not zero where the reference is"
+        if allowed < NORM_ERROR:
+            # Behind a norm of very few values a zero may be the luck of a cancellation: which zeros are a norm's by
+            # right (padding, resets, dropped weights) is held to exactness by the parity and memory-safety tests.
+            zero = value == 0
+            assert (ours[name][zero] == 0).all(), f"{name} is not zero where the reference is"
         error = relative_error([(ours[name], value)])
         # Gradients that vanish but for rounding have no relative error.
         assert error < allowed or (ours[name] - value).abs().max() < 1e-12, f"{name}: {error:.1e}"
@@ -106,7 +113,7 @@ def agree(ours: dict[str, Tensor], exact: dict[str, Tensor], allowed: float) -> 
 
 def allowed_error(regularization: Regularization) -> float:
     """In float64: rounding, which norms of few rows or features amplify."""
-    return 1e-12 if regularization.norm is None else 1e-6
+    return 1e-12 if regularization.norm is None else NORM_ERROR
 
 
 # One unit: a norm over it has no spread, and what it passes back cancels to exactly 0.
