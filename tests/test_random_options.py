@@ -93,6 +93,15 @@ def cases(draw: st.DrawFn) -> LayerCase:
     )
 
 
+def padding_is_zero(ours: dict[str, Tensor], case: LayerCase, lengths: Tensor | None) -> None:
+    if lengths is None:
+        return
+    padding = torch.arange(case.steps)[:, None] >= lengths.clamp(0, case.steps)[None, :]
+    for name in ("output", "cells", "grad input"):
+        if name in ours:
+            assert (ours[name][padding] == 0).all(), f"{name} is not zero in padding"
+
+
 # What norms of few rows or features may make of float64's rounding.
 NORM_ERROR = 1e-6
 
@@ -102,8 +111,8 @@ def agree(ours: dict[str, Tensor], exact: dict[str, Tensor], allowed: float) -> 
     for name, value in exact.items():
         assert ours[name].shape == value.shape and ours[name].dtype == value.dtype, name
         if allowed < NORM_ERROR:
-            # Behind a norm of very few values a zero may be the luck of a cancellation: which zeros are a norm's by
-            # right (padding, resets, dropped weights) is held to exactness by the parity and memory-safety tests.
+            # Behind a norm of very few values a zero may be the luck of a cancellation; the zeros that are there by
+            # right are asked for by `padding_is_zero`, and by the parity and memory-safety tests.
             zero = value == 0
             assert (ours[name][zero] == 0).all(), f"{name} is not zero where the reference is"
         error = relative_error([(ours[name], value)])
@@ -141,7 +150,9 @@ def test_layer_in_float64(case: LayerCase, seed: int) -> None:
     event(f"norm {type(case.regularization.norm).__name__}")
     arguments = make_arguments(case, seed)
     exact = run_layer(implementation("reference"), case, arguments)
-    agree(run_layer(implementation("cpu"), case, arguments), exact, allowed_error(case.regularization))
+    ours = run_layer(implementation("cpu"), case, arguments)
+    agree(ours, exact, allowed_error(case.regularization))
+    padding_is_zero(ours, case, arguments.lengths)
 
 
 @pytest.mark.parametrize("instruction_set", ["avx2", "portable"])
@@ -154,7 +165,9 @@ def test_layer_with_other_instructions(instruction_set: str, case: LayerCase, se
             pytest.skip(f"not run: {reason}")
         arguments = make_arguments(case, seed)
         exact = run_layer(implementation("reference"), case, arguments)
-        agree(run_layer(implementation("cpu"), case, arguments), exact, allowed_error(case.regularization))
+        ours = run_layer(implementation("cpu"), case, arguments)
+        agree(ours, exact, allowed_error(case.regularization))
+        padding_is_zero(ours, case, arguments.lengths)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
