@@ -13,6 +13,7 @@ from helpers import BATCH_NORMS, INSTRUCTION_SETS, LAYER_NORMS, REGULARIZERS, co
 import fusedreg
 from fusedreg.backends.cpu import DTYPES
 from fusedreg.layer import FORWARD, REVERSE
+from fusedreg.masks import masks
 from fusedreg.regularization import BatchNorm, LayerNorm, Regularization
 from fusedreg.testing import (
     LayerCase,
@@ -309,3 +310,18 @@ def test_inference_equals_training_forward(backend: str, name: str) -> None:
             without = run_layer(implementation(backend), case, arguments, backward=False)
         for key, value in without.items():
             assert torch.equal(value, with_graph[key]), f"{mode}: {key}"
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_zoneout_selects(backend: str) -> None:
+    """What is zoned out does not reach the state, not even as NaN times zero: one bad input spoils one candidate."""
+    module = fusedreg.LSTM(4, 33, zoneout_hidden=0.5, zoneout_cell=0.5, backend=backend)
+    input = torch.randn(1, 5, 4)
+    input[0, 2, 1] = float("nan")
+    output, (h_n, c_n) = module(input, seed=3)
+    drawn = masks(3, module.regularization, input_size=4, hidden_size=33, batch_size=5, steps=1)["l0"]
+    for value, zone in ((h_n[0], drawn.zoneout_hidden), (c_n[0], drawn.zoneout_cell)):
+        assert zone is not None
+        assert not value[torch.arange(5) != 2].isnan().any()
+        assert torch.equal(value[2].isnan(), ~zone[0, 2])
+    assert torch.equal(output[0].isnan(), h_n[0].isnan())

@@ -24,10 +24,12 @@ FUSEDREG_HOST_DEVICE static inline Value candidate_cell(const Gates<Value>& gate
   return (gates.f * previous_cell + update_mask * gates.i * gates.g) * cell_mask;
 }
 
-// Zoneout, by a mask of zeros and ones in training and by the rate in evaluation.
+// Zoneout, by a mask of zeros and ones in training and by the rate in evaluation. Zeros and ones select: what is zoned
+// out must not reach the result, not even as NaN times zero.
 template <class Value>
 FUSEDREG_HOST_DEVICE static inline Value zoned(Value zone, Value previous, Value candidate) {
-  return zone * previous + (1 - zone) * candidate;
+  const Value mixed = zone * previous + (1 - zone) * candidate;
+  return zone == 1 ? previous : (zone == 0 ? candidate : mixed);
 }
 
 template <class Value>
