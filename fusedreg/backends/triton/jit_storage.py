@@ -1,0 +1,75 @@
+"""Between the types that values are stored in and the float32 they are computed in; and the product of two tiles.
+
+Under Triton's interpreter bfloat16 tensors are bare 16-bit numbers: narrowing cuts bits off and products take them for
+integers. Both are said here in a way that is right there too, and is the plain instruction where compiled.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+_INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
+_FIXED_NAN: tl.constexpr = tl.constexpr(-32768)
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """``a b + accumulator`` of tiles in the storage type, summed in float32.
+
+    ``PRECISION`` is Triton's ``input_precision`` of float32 tiles: ``"ieee"`` or ``"tf32"``.
+    """
+    if _INTERPRETED:
+        result = tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    else:
+        result = tl.dot(a, b, accumulator, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def keep_activation(value, IS_TANH: tl.constexpr, FIXED: tl.constexpr):
+    """A gate as it is saved: as it is, or (``FIXED``, beside 16-bit inputs) in 16-bit fixed point with a mark for NaN.
+
+    A gate lies in [0, 1] or [-1, 1], where fixed point is exact to 8e-6: as ``csrc/cpu/kept.h``.
+    """
+    if FIXED:
+        offset: tl.constexpr = 0.0 if IS_TANH else 0.5
+        scale: tl.constexpr = 32767.0 if IS_TANH else 65534.0
+        # Adding 1.5 * 2**23 rounds to an integer, which is then in the low bits.
+        rounded = ((value - offset) * scale + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        kept = tl.where(value == value, rounded, _FIXED_NAN).to(tl.int16)
+    else:
+        kept = value
+    return kept
+
+
+@triton.jit
+def kept_activation(kept, IS_TANH: tl.constexpr, FIXED: tl.constexpr):
+    """The gate that :func:`keep_activation` saved, in float32."""
+    if FIXED:
+        offset: tl.constexpr = 0.0 if IS_TANH else 0.5
+        scale: tl.constexpr = 1.0 / 32767.0 if IS_TANH else 1.0 / 65534.0
+        value = tl.where(kept == _FIXED_NAN, float("nan"), kept.to(tl.float32) * scale + offset)
+    else:
+        value = kept
+    return value
+
+
+@triton.jit
+def narrow(value, STORAGE: tl.constexpr):
+    """float32 in the storage type, rounded to nearest, ties to even."""
+    if _INTERPRETED and STORAGE == tl.bfloat16:
+        # The interpreter would cut the low bits off.
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        narrowed = tl.where(value == value, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrowed = value.to(STORAGE)
+    return narrowed
+
+
+@triton.jit
+def rounded(value, STORAGE: tl.constexpr):
+    """float32 rounded to what the storage type can hold, in float32 again."""
+    return narrow(value, STORAGE).to(tl.float32)
