@@ -32,6 +32,27 @@ FUSEDREG_HOST_DEVICE static inline Value zoned(Value zone, Value previous, Value
   return zone == 1 ? previous : (zone == 0 ? candidate : mixed);
 }
 
+// The same for scalars, by selection where the mask is a zero or a one: a candidate that has become NaN stays out of an
+// element that is zoned out, and so on the way back.
+template <class Value>
+FUSEDREG_HOST_DEVICE static inline Value zoned_by_selection(Value zone, Value previous, Value candidate) {
+  if (zone == Value(1)) return previous;
+  return zone == Value(0) ? candidate : zoned(zone, previous, candidate);
+}
+
+// What zoneout passes back: to the previous state, and to the candidate.
+template <class Value>
+struct ZonedGradients {
+  Value previous, candidate;
+};
+
+template <class Value>
+FUSEDREG_HOST_DEVICE static inline ZonedGradients<Value> zoned_by_selection_backward(Value zone, Value grad) {
+  if (zone == Value(1)) return {grad, Value(0)};
+  if (zone == Value(0)) return {Value(0), grad};
+  return {zone * grad, (1 - zone) * grad};
+}
+
 template <class Value>
 struct CellGradients {
   Gates<Value> pre_activations;

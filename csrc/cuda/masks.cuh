@@ -1,0 +1,170 @@
+// The regularisers' masks of one (row, unit), from the counter contract: pure functions of the seed and of where the
+// element stands, so that every tier, and the CPU, make the same bits.
+#pragma once
+
+#include "../common/params.h"
+#include "../common/philox.h"
+
+namespace fusedreg::cuda {
+
+// A rate as the kernels use it. Where nothing is drawn the threshold is 0 and `kept` is every element's value.
+template <class Compute>
+struct MaskSite {
+  uint32_t threshold = 0;  // dropped, or zoned out, below this
+  Compute kept = 1;
+  Compute dropped = 0;
+};
+
+// Inverted dropout: kept elements are scaled in training, nothing happens in evaluation.
+template <class Compute>
+static inline MaskSite<Compute> dropout_site(double rate, bool training) {
+  MaskSite<Compute> site;
+  if (training && rate > 0) {
+    site.threshold = drop_threshold(rate);
+    site.kept = static_cast<Compute>(1.0 / (1.0 - rate));
+  }
+  return site;
+}
+
+// RNNDrop: not inverted; in evaluation the expectation, 1 - p.
+template <class Compute>
+static inline MaskSite<Compute> cell_dropout_site(double rate, bool training) {
+  MaskSite<Compute> site;
+  if (training) {
+    site.threshold = drop_threshold(rate);
+  } else {
+    site.kept = static_cast<Compute>(1.0 - rate);
+  }
+  return site;
+}
+
+// Zoneout: the mask is zeta, 1 where the previous state is kept; in evaluation the expectation, p.
+template <class Compute>
+static inline MaskSite<Compute> zoneout_site(double rate, bool training) {
+  MaskSite<Compute> site;
+  site.kept = 0;
+  site.dropped = 1;
+  if (training) {
+    site.threshold = drop_threshold(rate);
+  } else {
+    site.kept = static_cast<Compute>(rate);
+  }
+  return site;
+}
+
+// Every site that stands inside the loop, and what of it is active. Made on the host, given to kernels by value.
+template <class Compute>
+struct LoopMasks {
+  // Of one sequence:
+  MaskSite<Compute> hidden, cell, update_sequence, output;
+  // Of each step:
+  MaskSite<Compute> zoneout_hidden, zoneout_cell, update_step, between_layers;
+  uint32_t layer_direction = 0;
+  bool draws_sequence = false;  // a word of the sequence family is read
+  bool draws_step = false;      // a word of the step family is read
+  bool drops_hidden = false;    // the recurrent product reads masked copies of h
+  bool untied_hidden = false;   // four of them, each with a mask of its own
+  bool zones_hidden = false;    // also in evaluation
+  bool zones_cell = false;
+
+  FUSEDREG_HOST_DEVICE int hidden_copies() const { return untied_hidden ? 4 : 1; }
+};
+
+template <class Compute>
+static inline LoopMasks<Compute> loop_masks(const LayerInputs& in) {
+  const Rates& rates = in.rates;
+  const Options& options = in.options;
+  const bool training = options.training;
+  LoopMasks<Compute> masks;
+  masks.hidden = dropout_site<Compute>(rates.hidden_dropout, training);
+  masks.cell = cell_dropout_site<Compute>(rates.cell_dropout, training);
+  masks.output = dropout_site<Compute>(rates.output_dropout, training);
+  masks.between_layers = dropout_site<Compute>(rates.dropout, training);
+  masks.zoneout_hidden = zoneout_site<Compute>(rates.zoneout_hidden, training);
+  masks.zoneout_cell = zoneout_site<Compute>(rates.zoneout_cell, training);
+  (options.update_mask_sequence ? masks.update_sequence : masks.update_step) =
+      dropout_site<Compute>(rates.update_dropout, training);
+  masks.layer_direction = static_cast<uint32_t>(options.layer) * 2u + (options.reverse ? 1u : 0u);
+  masks.drops_hidden = training && rates.hidden_dropout > 0;
+  masks.untied_hidden = masks.drops_hidden && options.untied_masks;
+  const bool update = rates.update_dropout > 0;
+  masks.draws_sequence = training && ((masks.drops_hidden && !masks.untied_hidden) || rates.cell_dropout > 0 ||
+                                      rates.output_dropout > 0 || (update && options.update_mask_sequence));
+  masks.draws_step = training && (rates.zoneout_hidden > 0 || rates.zoneout_cell > 0 || rates.dropout > 0 ||
+                                  (update && !options.update_mask_sequence));
+  masks.zones_hidden = rates.zoneout_hidden > 0;
+  masks.zones_cell = rates.zoneout_cell > 0;
+  return masks;
+}
+
+struct MaskKey {
+  uint32_t low = 0, high = 0;  // the seed
+  uint32_t layer_direction = 0;
+};
+
+// Reads the seed where it lives, on the device: a captured graph draws fresh masks when it is replayed.
+FUSEDREG_HOST_DEVICE static inline MaskKey mask_key(const int64_t* seed, uint32_t layer_direction) {
+  const uint64_t value = seed == nullptr ? 0 : static_cast<uint64_t>(*seed);
+  return {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32), layer_direction};
+}
+
+// The four words of a unit in row b of a family (c2: the step t, or the family's constant).
+FUSEDREG_HOST_DEVICE static inline PhiloxWords<uint32_t> words_of(const MaskKey& key, int64_t unit, int64_t b,
+                                                                  uint32_t c2) {
+  return philox4x32_10<uint32_t>(static_cast<uint32_t>(unit), static_cast<uint32_t>(b), c2, key.layer_direction,
+                                 key.low, key.high);
+}
+
+template <class Compute>
+FUSEDREG_HOST_DEVICE static inline Compute mask_of(const MaskSite<Compute>& site, uint32_t word) {
+  return word < site.threshold ? site.dropped : site.kept;
+}
+
+// What one (row, unit) keeps for a whole sequence.
+template <class Compute>
+struct SequenceMasks {
+  Compute hidden[4];  // of the copies of h that the gates read; tied: four times the same
+  Compute update, cell, output;
+};
+
+template <class Compute>
+FUSEDREG_HOST_DEVICE static inline SequenceMasks<Compute> sequence_masks(const LoopMasks<Compute>& masks,
+                                                                         const MaskKey& key, int64_t b, int64_t unit) {
+  PhiloxWords<uint32_t> words{};
+  if (masks.draws_sequence) words = words_of(key, unit, b, kSequenceFamily);
+  SequenceMasks<Compute> result;
+  result.update = mask_of(masks.update_sequence, words.word[kUpdateSequence]);
+  result.cell = mask_of(masks.cell, words.word[kCell]);
+  result.output = mask_of(masks.output, words.word[kOutput]);
+  for (int gate = 0; gate < 4; ++gate) result.hidden[gate] = mask_of(masks.hidden, words.word[kHiddenTied]);
+  if (masks.untied_hidden) {
+    words = words_of(key, unit, b, kUntiedHiddenFamily);
+    for (int gate = 0; gate < 4; ++gate) result.hidden[gate] = mask_of(masks.hidden, words.word[gate]);
+  }
+  return result;
+}
+
+// What a cell needs at one step.
+template <class Compute>
+struct StepMasks {
+  Compute update, cell, zone_hidden, zone_cell;
+  Compute output;  // output dropout times dropout between layers
+};
+
+// t is the position in the input, not the index of the step.
+template <class Compute>
+FUSEDREG_HOST_DEVICE static inline StepMasks<Compute> step_masks(const LoopMasks<Compute>& masks, const MaskKey& key,
+                                                                 const SequenceMasks<Compute>& sequence, int64_t b,
+                                                                 int64_t unit, int64_t t) {
+  PhiloxWords<uint32_t> words{};
+  if (masks.draws_step) words = words_of(key, unit, b, static_cast<uint32_t>(t));
+  StepMasks<Compute> result;
+  result.update = sequence.update * mask_of(masks.update_step, words.word[kUpdateStep]);  // one of the two is 1
+  result.cell = sequence.cell;
+  result.zone_hidden = mask_of(masks.zoneout_hidden, words.word[kZoneoutHidden]);
+  result.zone_cell = mask_of(masks.zoneout_cell, words.word[kZoneoutCell]);
+  result.output = sequence.output * mask_of(masks.between_layers, words.word[kBetweenLayers]);
+  return result;
+}
+
+}  // namespace fusedreg::cuda
