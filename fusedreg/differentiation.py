@@ -1,8 +1,9 @@
-"""The operators' gradients: one ``autograd.Function`` over the forward, one over the backward.
+"""The gradients of a pair of operators: one ``autograd.Function`` over the forward, one over the backward.
 
 The first one's backward calls the second, whose own backward is the vector-Jacobian product of
 :mod:`fusedreg.reference`: a double backward, and any further one, is slow and right. Both have ``setup_context`` and
-a vmap rule, so that they work under ``torch.func``.
+a vmap rule, so that they work under ``torch.func``. Every pair of operators under the layer's schema gets two
+Functions of its own (:class:`Operators`), whichever backend runs them.
 """
 
 from __future__ import annotations
@@ -25,14 +26,23 @@ from fusedreg.layer import LayerOptions, LayerParameters, LayerResult, RunningSt
 from fusedreg.regularization import BatchNorm
 
 
-def forward_operator(*arguments: Any) -> Any:
-    """``fusedreg::lstm_layer_forward``."""
-    return torch.ops.fusedreg.lstm_layer_forward.default(*arguments)
+class Operators:
+    """A forward and a backward operator under the layer's schema, and what makes them differentiable.
 
+    Args:
+        name: of the pair, ``"namespace::name"``: the operators are ``name_forward`` and ``name_backward``, which are
+            registered with torch by now.
+    """
 
-def backward_operator(*arguments: Any) -> Any:
-    """``fusedreg::lstm_layer_backward``."""
-    return torch.ops.fusedreg.lstm_layer_backward.default(*arguments)
+    def __init__(self, name: str) -> None:
+        namespace, _, base = name.partition("::")
+        library = getattr(torch.ops, namespace)
+        self.name = name
+        self.forward: Callable[..., Any] = getattr(library, f"{base}_forward").default
+        self.backward: Callable[..., Any] = getattr(library, f"{base}_backward").default
+        self.layer_backward = _backward_function(self.backward)
+        self.layer = _forward_function(self)
+        _functions.extend((self.layer, self.layer_backward))
 
 
 def save_for_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
@@ -51,12 +61,12 @@ def save_for_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor])
     ctx.save_for_backward(*tensors[:FIRST_RUNNING], cells, carried, gates, input_gates, *statistics)
 
 
-def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+def gradients(operators: Operators, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients of the forward operator's arguments, by the backward operator."""
     options = ctx.options
     if options[13] == SAVE_NOTHING:
         raise RuntimeError(
-            "fusedreg::lstm_layer_forward: expected options that save for the backward, got save = 0 (nothing) with "
+            f"{operators.name}_forward: expected options that save for the backward, got save = 0 (nothing) with "
             "an input that requires grad; call fusedreg.ops.lstm_layer, or encode the options with SAVE_GATES"
         )
     output, final_hidden, final_cell, cells = grads[:4]
@@ -76,10 +86,10 @@ def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     flat = [argument for group in arguments for argument in group]
     transformed = torch._C._are_functorch_transforms_active()
     if torch.is_grad_enabled() or transformed:
-        results = LayerBackward.apply(*flat)
+        results = operators.layer_backward.apply(*flat)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            results = backward_operator(*flat)
+            results = operators.backward(*flat)
     gradients: list[Tensor | None] = [None] * 27
     for position, wanted, result in zip(DIFFERENTIABLE, needed, results, strict=True):
         if wanted:
@@ -118,64 +128,63 @@ class _Operator(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(arguments))  # type: ignore[misc]
 
 
-class Layer(_Operator):
-    """The forward operator; its arguments and results are the operator's."""
+def _forward_function(operators: Operators) -> type[_Operator]:
+    """The ``autograd.Function`` over a forward operator; its arguments and results are the operator's."""
 
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        """Run the operator."""
-        with torch._C._AutoDispatchBelowAutograd():  # this is the autograd kernel; register_autograd's is Python too
-            return forward_operator(*arguments)
+    class Layer(_Operator):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():  # this is the autograd kernel; register_autograd's is Python
+                return operators.forward(*arguments)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep what the gradients need."""
-        save_for_backward(ctx, inputs, output)
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            save_for_backward(ctx, inputs, output)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        """Differentiate it."""
-        return gradients(ctx, *grads)
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return gradients(operators, ctx, *grads)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        """Call it once a sample."""
-        return _loop_over_samples(Layer, info, in_dims, arguments)
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+            return _loop_over_samples(Layer, info, in_dims, arguments)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Refuse, with the remedy."""
-        _refuse_forward_mode()
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            _refuse_forward_mode()
+
+    return Layer
 
 
-class LayerBackward(_Operator):
-    """The backward operator, differentiable once more through the reference."""
+def _backward_function(operator: Callable[..., Any]) -> type[_Operator]:
+    """The ``autograd.Function`` over a backward operator, differentiable once more through the reference."""
 
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        """Run the operator."""
-        with torch._C._AutoDispatchBelowAutograd():
-            return backward_operator(*arguments)
+    class LayerBackward(_Operator):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*arguments)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep what the gradients need."""
-        save_for_double_backward(ctx, inputs, output)
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            save_for_double_backward(ctx, inputs, output)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        """Differentiate it."""
-        return second_gradients(ctx, *grads)
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return second_gradients(ctx, *grads)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        """Call it once a sample."""
-        return _loop_over_samples(LayerBackward, info, in_dims, arguments)
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+            return _loop_over_samples(LayerBackward, info, in_dims, arguments)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Refuse, with the remedy."""
-        _refuse_forward_mode()
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            _refuse_forward_mode()
+
+    return LayerBackward
+
+
+_functions: list[type[_Operator]] = []
 
 
 def allow_in_graph() -> bool:
@@ -184,7 +193,7 @@ def allow_in_graph() -> bool:
     It would lose their vmap rules, and their gradients under ``torch.func``. Dynamo *runs* a function that carries
     the mark below while it traces, so that it is not imported (three seconds) before someone compiles.
     """
-    for function in (Layer, LayerBackward):
+    for function in _functions:
         torch.compiler.allow_in_graph(function)
     return True
 

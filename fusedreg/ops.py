@@ -1,14 +1,17 @@
-"""One layer by the two operators, and what Python adds to them.
+"""One layer by a pair of operators, and what Python adds to them.
 
 ``fusedreg::lstm_layer_forward`` and ``fusedreg::lstm_layer_backward`` run the whole loop of one layer in one
-direction. Their schemas stand in ``csrc/registration.cpp``, so that a compiled package runs without Python.
-:func:`register_operators` attaches to them the fakes of :mod:`fusedreg.fakes`, and through ``register_autograd`` the
-gradients of :mod:`fusedreg.differentiation` for programs that call them directly. :func:`lstm_layer` is what
+direction, on CPU and CUDA tensors. Their schemas stand in ``csrc/registration.cpp``, so that a compiled package runs
+without Python. Other kernels come as a pair of operators of their own under the same schemas, since one dispatch key
+holds one kernel; a pair is known by its name, ``"namespace::name"`` without the ``_forward`` and ``_backward``.
+:func:`register_operators` attaches to a pair the fakes of :mod:`fusedreg.fakes`, and through ``register_autograd`` the
+gradients of :mod:`fusedreg.differentiation` for programs that call the operators directly. :func:`lstm_layer` is what
 :mod:`fusedreg.functional` calls.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,9 +19,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedreg.differentiation import (
-    Layer,
+    Operators,
     allow_in_graph,
-    forward_operator,
     gradients,
     save_for_backward,
     save_for_double_backward,
@@ -36,7 +38,20 @@ from fusedreg.layer import (
 )
 from fusedreg.regularization import BatchNorm
 
-__all__ = ["SAVE_GATES", "SAVE_NOTHING", "SAVE_RECOMPUTE", "encode_options", "lstm_layer", "register_operators"]
+__all__ = [
+    "COMPILED",
+    "SAVE_GATES",
+    "SAVE_NOTHING",
+    "SAVE_RECOMPUTE",
+    "encode_options",
+    "lstm_layer",
+    "register_operators",
+]
+
+# The pair of the compiled extensions: the CPU's file registers kernels for CPU tensors, CUDA's for CUDA tensors.
+COMPILED = "fusedreg::lstm_layer"
+
+_pairs: dict[str, Operators] = {}
 
 
 def lstm_layer(
@@ -50,6 +65,7 @@ def lstm_layer(
     reset: Tensor | None = None,
     seed: Tensor | None = None,
     running: RunningStatistics | None = None,
+    operators: str = COMPILED,
 ) -> LayerResult:
     """One layer in one direction, by the operators: the signature and the meaning of ``reference.lstm_layer``.
 
@@ -66,10 +82,12 @@ def lstm_layer(
         reset: ``(T, B)`` bool.
         seed: 0-dimensional int64, needed where ``options.draws``.
         running: what batch norm reads.
+        operators: the name of the pair that runs it, which :func:`register_operators` has been given.
 
     Returns:
         A :class:`~fusedreg.layer.LayerResult`; ``final_cell`` and ``cells`` in the compute type.
     """
+    pair = _pairs[operators]
     norm = options.norm
     compute = compute_dtype(input.dtype)
     if initial_cell is not None and initial_cell.dtype != compute:
@@ -89,13 +107,13 @@ def lstm_layer(
     dual = forward_ad._current_level >= 0
     if transformed or dual or (torch.is_grad_enabled() and _requires_grad(tensors)):
         save = SAVE_RECOMPUTE if options.recompute else SAVE_GATES
-        results = Layer.apply(*tensors, *encode(options, save))
+        results = pair.layer.apply(*tensors, *encode(options, save))
     elif compiling:
-        results = forward_operator(*tensors, *encode(options, SAVE_NOTHING))
+        results = pair.forward(*tensors, *encode(options, SAVE_NOTHING))
     else:
         # Nothing to differentiate: past the operator's autograd kernel, which is Python and costs as much again.
         with torch._C._AutoDispatchBelowAutograd():
-            results = forward_operator(*tensors, *encode(options, SAVE_NOTHING))
+            results = pair.forward(*tensors, *encode(options, SAVE_NOTHING))
     output, final_hidden, final_cell, cells = results[:4]
     statistics = None
     if isinstance(norm, BatchNorm) and options.training:
@@ -111,24 +129,25 @@ def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-_registered = False
+def register_operators(name: str = COMPILED) -> None:
+    """Attach fakes and autograd formulas to a pair of operators, once; called when its kernels have been loaded.
 
-
-def register_operators() -> None:
-    """Attach fakes and autograd formulas to the operators. Once; called when the extension has been loaded."""
-    global _registered
-    if _registered:
+    Args:
+        name: ``"namespace::name"``; ``name_forward`` and ``name_backward`` are defined under the layer's schemas.
+    """
+    if name in _pairs:
         return
-    torch.library.register_fake("fusedreg::lstm_layer_forward", forward_fake)
-    torch.library.register_fake("fusedreg::lstm_layer_backward", backward_fake)
+    pair = Operators(name)
+    torch.library.register_fake(f"{name}_forward", forward_fake)
+    torch.library.register_fake(f"{name}_backward", backward_fake)
     torch.library.register_autograd(
-        "fusedreg::lstm_layer_forward",
-        gradients,
+        f"{name}_forward",
+        functools.partial(gradients, pair),
         setup_context=lambda ctx, inputs, output: save_for_backward(ctx, inputs, output),
     )
     torch.library.register_autograd(
-        "fusedreg::lstm_layer_backward",
+        f"{name}_backward",
         second_gradients,
         setup_context=lambda ctx, inputs, output: save_for_double_backward(ctx, inputs, output),
     )
-    _registered = True
+    _pairs[name] = pair
