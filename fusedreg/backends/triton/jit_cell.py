@@ -11,6 +11,8 @@ All arithmetic is float32. Transcendentals go through ``exp2`` alone, which ever
 are exact to a few units in the last place at any argument; none overflows on the way.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
 from __future__ import annotations
 
 import triton

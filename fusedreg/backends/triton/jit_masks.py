@@ -5,6 +5,8 @@ of its sites; which word serves which is in the table of :mod:`fusedreg.masks`. 
 scalars that broadcast against each other; words have their common shape.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
 from __future__ import annotations
 
 import math

@@ -4,6 +4,8 @@ Under Triton's interpreter bfloat16 tensors are bare 16-bit numbers: narrowing c
 integers. Both are said here in a way that is right there too, and is the plain instruction where compiled.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
 from __future__ import annotations
 
 import triton
