@@ -188,7 +188,8 @@ class AfterLoop {
       for (int64_t unit = first; unit < last; ++unit) {
         const int64_t row = gate * plan.H + unit;
         if (dropped) {
-          fill_weight_mask<Compute>(plan.weight_dropout, plan.key, plan.in.options.weight_mask_row, row, columns, mask);
+          fill_weight_mask<Compute>(plan.weight_dropout, plan.key, plan.in.options.weight_mask_row, row, 0, columns,
+                                    mask);
         }
         const Compute* from = gradient.gate(gate) + unit * gradient.row_stride;
         Storage* to = static_cast<Storage*>(result) + row * columns;

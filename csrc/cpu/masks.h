@@ -96,22 +96,28 @@ static void fill_sequence_mask(const Site<Compute>& site, const MaskKey& key, ui
   }
 }
 
-// Weight dropout's mask of columns 0 ... columns - 1 of one row of a 4H weight; `to` has room for 4 vectors more.
+// Weight dropout's mask of columns first ... last - 1 of one row of a 4H weight, at `to + first`. It is drawn 4 vectors
+// at a time: `to` has room for 4 vectors more, and up to 4 vectors before `first` are written too, but none before
+// `to`.
 template <class Compute>
-static void fill_weight_mask(const Site<Compute>& site, const MaskKey& key, bool by_row, int64_t row, int64_t columns,
-                             Compute* to) {
+static void fill_weight_mask(const Site<Compute>& site, const MaskKey& key, bool by_row, int64_t row, int64_t first,
+                             int64_t last, Compute* to) {
+  constexpr int width = kWidth<Compute>;
   if (by_row) {
     const Vector<Compute> mask =
         mask_of<Compute>(site, draw_words<Compute>(key, 0, 0, static_cast<uint32_t>(row), kWeightFamily).word[0]);
-    for (int64_t column = 0; column < columns; column += kWidth<Compute>) store<Compute>(to + column, mask);
+    for (int64_t column = first; column < last; column += width) store<Compute>(to + column, mask);
     return;
   }
-  for (int64_t column = 0; column < columns; column += 4 * kWidth<Compute>) {
+  for (int64_t column = first / (4 * width) * (4 * width); column < last; column += 4 * width) {
     const DrawnWords<Compute> words = words_of_units<Compute>(key, column / 4, row, kWeightFamily);
-    Compute part[4][kWidth<Compute>];
-    for (int word = 0; word < 4; ++word) store<Compute>(part[word], mask_of<Compute>(site, words.word[word]));
-    for (int lane = 0; lane < kWidth<Compute>; ++lane) {
-      for (int word = 0; word < 4; ++word) to[column + 4 * lane + word] = part[word][lane];
+    Vector<Compute> part[4];
+    for (int word = 0; word < 4; ++word) part[word] = mask_of<Compute>(site, words.word[word]);
+    for (int half = 0; half < 2; ++half) {
+      const Vector<Compute> even = zipped<Compute>(part[0], part[2], half == 1);
+      const Vector<Compute> odd = zipped<Compute>(part[1], part[3], half == 1);
+      store<Compute>(to + column + 2 * half * width, zipped<Compute>(even, odd, false));
+      store<Compute>(to + column + (2 * half + 1) * width, zipped<Compute>(even, odd, true));
     }
   }
 }

@@ -45,8 +45,8 @@ static void pack_gate_panels(const Plan<Storage>& plan, const Storage* weight, i
           }
           const int64_t gate_row = gate * plan.H + unit + lane;
           if (dropped) {
-            fill_weight_mask<Compute>(plan.weight_dropout, plan.key, plan.in.options.weight_mask_row, gate_row, columns,
-                                      mask);
+            fill_weight_mask<Compute>(plan.weight_dropout, plan.key, plan.in.options.weight_mask_row, gate_row, 0,
+                                      columns, mask);
           }
           const Storage* from = weight + gate_row * columns;
           for (int64_t k = 0; k < columns; k += width) {
@@ -87,8 +87,9 @@ static void pack_column_panels(const Plan<Storage>& plan, const Storage* weight,
     const int64_t gate_row = gate * plan.H + unit;
     const bool real = unit < plan.H;
     if (dropped && real) {
-      fill_weight_mask<Compute>(plan.weight_dropout, plan.key, plan.in.options.weight_mask_row, gate_row, columns,
-                                mask);
+      fill_weight_mask<Compute>(plan.weight_dropout, plan.key, plan.in.options.weight_mask_row, gate_row,
+                                first_column + first_panel * panel_width,
+                                smaller(columns, first_column + last_panel * panel_width), mask);
     }
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       Compute* out = to + (panel * depth + row) * panel_width;

@@ -120,6 +120,16 @@ FUSEDREG_INLINE void exchange_halves(Vector<Compute>& x, Vector<Compute>& y) {
   x = first;
 }
 
+// The lanes of x and y in turn: x0 y0 x1 y1 ..., from the first halves of both or from the second.
+template <class Compute>
+FUSEDREG_INLINE Vector<Compute> zipped(Vector<Compute> x, Vector<Compute> y, bool second_halves) {
+  typename VectorTypes<Compute>::Integers lanes;
+  for (int lane = 0; lane < kWidth<Compute>; ++lane) {
+    lanes[lane] = (second_halves ? kWidth<Compute> / 2 : 0) + lane / 2 + (lane % 2) * kWidth<Compute>;
+  }
+  return shuffled<Compute>(x, y, lanes);
+}
+
 // ---- Conversion between the storage types and the compute type, a whole vector at a time ----
 
 FUSEDREG_INLINE Vector<float> load_full(const float* from) { return load<float>(from); }
