@@ -136,18 +136,20 @@ FUSEDREG_DEVICE uint64_t timer_nanoseconds() {
   return now;
 }
 
-// Out of line, so that the buffer printf wants is no part of the kernel's own frame.
-static __device__ __noinline__ void print_and_trap(const char* message, long long a, long long b, long long c,
-                                                   long long d) {
-  printf("fusedreg: %s %lld %lld %lld %lld (block %u, thread %u)\n", message, a, b, c, d, blockIdx.x, threadIdx.x);
-  __trap();
-}
+// printf's arguments lie in global memory: on the stack they would give every kernel that can stop a frame of its own.
+// Where several threads stop at once, their integers may mix; each one's cause is as good as the other's.
+static __device__ long long stop_arguments[8];
+extern "C" __device__ int vprintf(const char*, void*);
 
 template <class... Integers>
 [[noreturn]] FUSEDREG_DEVICE void stop(const char* message, Integers... integers) {
   static_assert(sizeof...(integers) <= 4, "stop prints up to four integers");
   const long long values[5] = {static_cast<long long>(integers)..., 0};
-  print_and_trap(message, values[0], values[1], values[2], values[3]);
+  stop_arguments[0] = reinterpret_cast<long long>(message);
+  for (int i = 0; i < 4; ++i) stop_arguments[1 + i] = values[i];
+  stop_arguments[5] = blockIdx.x;
+  stop_arguments[6] = threadIdx.x;
+  vprintf("fusedreg: %s %lld %lld %lld %lld (block %lld, thread %lld)\n", stop_arguments);
   __trap();
   __builtin_unreachable();
 }
