@@ -5,13 +5,14 @@
 // block has a flag that counts its publications; a reader polls the flags of the blocks whose slices it needs. In a
 // cluster, a block stores its slice into the shared memory of all blocks, and the cluster's barrier is the flag.
 //
-// A buffer has `lines` lines (forward: copies of h x rows; backward: rows x 4 gates) that hold all units, zeros beyond
-// the last; of each line a block owns `slice_bytes` from block * slice_bytes on. Use, by all threads of all blocks:
+// A buffer has `lines` lines (forward: copies of h x rows; backward: rows), each of one or more parts (backward: the
+// gates) that hold all units, zeros beyond the last; of each part a block owns `slice_bytes` from block * slice_bytes
+// on. Use, by all threads of all blocks:
 //
 //   Exchange exchange(layout, ...);
 //   exchange.begin();
 //   each step:
-//     ... write the own slices to `staged`, in shared memory: [line][slice_bytes] ...
+//     ... write the own slices to `staged`, in shared memory: [line][part][slice_bytes] ...
 //     exchange.publish(staged);
 //     ... what needs no other block: the next step's masks ...
 //     exchange.wait(first_block, last_block);   // warp by warp: each waits for what it reads
@@ -31,36 +32,12 @@
 #pragma once
 
 #include "device.h"
+#include "exchange_layout.h"
+#include "storage.h"
 
 namespace fusedreg::cuda {
 
-struct ExchangeLayout {
-  int blocks;       // that exchange with one another: the grid's, or one cluster's
-  int lines;        // of a buffer
-  int line_bytes;   // a multiple of 64, at least blocks * slice_bytes
-  int slice_bytes;  // one block's share of a line, a multiple of 16
-  int rows;         // of the sums over rows; 0 where there are none
-};
-
-constexpr int kFlagWords = 32;                             // a flag alone on its 128-byte line, so that polls of one
-                                                           // do not delay the store to another
 constexpr uint64_t kLongestWait = 20ull * 1000 * 1000000;  // nanoseconds
-
-FUSEDREG_HOST_DEVICE constexpr size_t exchange_buffers_bytes(const ExchangeLayout& layout) {
-  return size_t{2} * static_cast<size_t>(layout.lines) * static_cast<size_t>(layout.line_bytes);
-}
-FUSEDREG_HOST_DEVICE constexpr size_t exchange_rows_bytes(const ExchangeLayout& layout) {
-  const size_t bytes = size_t{2} * static_cast<size_t>(layout.rows) * static_cast<size_t>(layout.blocks) * 8;
-  return (bytes + 15) / 16 * 16;
-}
-// In a cluster: of each block's shared memory.
-FUSEDREG_HOST_DEVICE constexpr size_t cluster_exchange_bytes(const ExchangeLayout& layout) {
-  return exchange_buffers_bytes(layout) + exchange_rows_bytes(layout);
-}
-// In a grid: of device memory, 128-byte aligned, which must be all zeros when the kernel starts.
-FUSEDREG_HOST_DEVICE constexpr size_t grid_exchange_bytes(const ExchangeLayout& layout) {
-  return static_cast<size_t>(layout.blocks) * kFlagWords * sizeof(uint32_t) + cluster_exchange_bytes(layout);
-}
 
 class Exchange {
  public:
@@ -85,24 +62,24 @@ class Exchange {
     cluster_wait();
   }
 
-  bool FUSEDREG_DEVICE clustered() const { return clustered_; }
-  int FUSEDREG_DEVICE own_block() const { return own_; }
+  FUSEDREG_DEVICE bool clustered() const { return clustered_; }
+  FUSEDREG_DEVICE int own_block() const { return own_; }
 
   // What was published last, once waited for: [line][line_bytes].
   FUSEDREG_DEVICE const char* buffer() const { return buffers_ + turn_ * buffer_bytes(); }
 
-  // Hands out this block's slices, [line][slice_bytes] in shared memory, 16-byte aligned. `staged` may be written
+  // Hands out this block's slices, [line][part][slice_bytes] in shared memory, 16-byte aligned. `staged` may be written
   // again after the wait.
   FUSEDREG_DEVICE void publish(const void* staged) {
     turn_ ^= 1;
     char* const to = buffers_ + turn_ * buffer_bytes() + own_ * layout_.slice_bytes;
     const int pieces = layout_.slice_bytes / static_cast<int>(sizeof(Words4));
     sync_block();  // `staged` is whole, and every warp is done with the buffer before last
-    for (int i = thread_index(); i < layout_.lines * pieces; i += block_threads()) {
-      const int line = i / pieces;
-      const Words4 words = static_cast<const Words4*>(staged)[i];
-      char* const target = to + static_cast<size_t>(line) * layout_.line_bytes + (i - line * pieces) * sizeof(Words4);
-      give(reinterpret_cast<Words4*>(target), words);
+    for (int i = thread_index(); i < layout_.lines * layout_.parts * pieces; i += block_threads()) {
+      const int slice = i / pieces, line = slice / layout_.parts, part = slice - line * layout_.parts;
+      const size_t offset = static_cast<size_t>(line) * static_cast<size_t>(layout_.line_bytes) +
+                            static_cast<size_t>(part * layout_.part_bytes + (i - slice * pieces) * 16);
+      give(reinterpret_cast<Words4*>(to + offset), static_cast<const Words4*>(staged)[i]);
     }
     announce();
   }
@@ -231,8 +208,10 @@ class Exchange {
     const uint64_t begin = timer_nanoseconds();
     while (!reached(load_acquire(flag))) {
       if (timer_nanoseconds() - begin > kLongestWait) {
-        stop("exchange: block %d waited 20 seconds for block %d to publish %d times; are all blocks resident?", own_,
-             block, static_cast<int>(published_));
+        stop(
+            "20 seconds passed at an exchange: blocks are not all resident, or one has stopped. This block, the one "
+            "waited for, publications expected and seen:",
+            own_, block, published_, load_acquire(flag));
       }
     }
   }
