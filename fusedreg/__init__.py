@@ -14,6 +14,7 @@ from fusedreg.functional import LSTMResult, LSTMResultWithCells
 from fusedreg.masks import masks
 from fusedreg.modules import LSTM
 from fusedreg.regularization import BatchNorm, LayerNorm, Regularization
+from fusedreg.replacement import Replacements, replace_lstms
 
 __all__ = [
     "LSTM",
@@ -22,9 +23,11 @@ __all__ = [
     "LSTMResultWithCells",
     "LayerNorm",
     "Regularization",
+    "Replacements",
     "__version__",
     "backends",
     "functional",
     "initialization",
     "masks",
+    "replace_lstms",
 ]
