@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import sys
@@ -11,7 +12,7 @@ import torch
 
 from fusedreg import backends
 from fusedreg._version import __version__
-from fusedreg.backends import cpu
+from fusedreg.backends import cpu, cuda
 
 
 def processor() -> str:
@@ -36,7 +37,20 @@ def accelerators() -> str:
     """The GPUs that torch sees, or that it sees none."""
     if not torch.cuda.is_available():
         return "none that torch can use"
-    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return ", ".join(f"{device.name} (compute capability {device.major}.{device.minor})" for device in devices)
+
+
+def triton_version() -> str:
+    """The version of the package triton, without importing it."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _extension(path: Path) -> str:
+    return f"{path} ({path.stat().st_size // 1024} KiB)" if path.exists() else f"{path} (absent)"
 
 
 def collect() -> dict[str, str]:
@@ -47,9 +61,7 @@ def collect() -> dict[str, str]:
         >>> "torch" in collect()
         True
     """
-    path = cpu.library_path()
-    state = backends.availability("cpu")
-    extension = f"{path} ({path.stat().st_size // 1024} KiB)" if path.exists() else f"{path} (absent)"
+    states = {name: backends.availability(name) for name in backends.OPERATORS}
     return {
         "fusedreg": __version__,
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'no'})",
@@ -59,21 +71,27 @@ def collect() -> dict[str, str]:
         "torch threads": f"{torch.get_num_threads()}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}",
         "torch's own set": torch.backends.cpu.get_cpu_capability(),
         "accelerators": accelerators(),
-        "CPU extension": extension,
-        "backend cpu": "available" if state else f"not available: {state.reason}",
+        "triton": triton_version(),
+        "CPU extension": _extension(cpu.library_path()),
+        "CUDA extension": _extension(cuda.library_path()),
+        **{
+            f"backend {name}": "available" if state else f"not available: {state.reason}"
+            for name, state in states.items()
+        },
         "instruction sets": ", ".join(cpu.instruction_sets()) or "none",
     }
 
 
 def main() -> None:
-    """Print the report, a line a fact, and what ``backend="auto"`` does on the CPU."""
+    """Print the report, a line a fact, and what ``backend="auto"`` does on the CPU and on a GPU."""
     facts = collect()
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:{width}}  {value}")
     print()
-    for dtype in (torch.float32, torch.bfloat16):
-        print(backends.explain("cpu", dtype))
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for dtype in (torch.float32, torch.bfloat16):
+            print(backends.explain(device, dtype))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedreg import ops, reference, running_statistics, validation
 from fusedreg.autocast import autocast
-from fusedreg.backends import resolve
+from fusedreg.backends import OPERATORS, resolve
 from fusedreg.layer import BatchStatistics, LayerOptions, LayerParameters, LayerResult, RunningStatistics
 from fusedreg.packed import pack_like, pad
 from fusedreg.parameters import Architecture, grouped, infer_architecture
@@ -99,6 +100,12 @@ class StackResult(NamedTuple):
 
 LayerFunction = Callable[..., LayerResult]
 
+# What runs a layer, by backend.
+LAYER_FUNCTIONS: dict[str, LayerFunction] = {
+    "reference": reference.lstm_layer,
+    **{name: functools.partial(ops.lstm_layer, operators=pair) for name, pair in OPERATORS.items()},
+}
+
 
 def run_stack(
     plan: Plan,
@@ -115,7 +122,7 @@ def run_stack(
 
     Args:
         plan: all that is not a tensor.
-        layer_function: ``ops.lstm_layer`` or ``reference.lstm_layer``.
+        layer_function: one of ``LAYER_FUNCTIONS``.
         input: ``(T, B, I)``.
         state: ``(L * D, B, P)`` and ``(L * D, B, H)``, or ``None`` for zeros.
         layers: parameters by layer and direction.
@@ -245,7 +252,7 @@ def _layer_function(backend: str, plan: Plan, input: Tensor) -> LayerFunction:
     norm = plan.regularization.norm
     shared = isinstance(norm, BatchNorm) and norm.process_group is not None
     chosen = resolve(backend, input.device, input.dtype, proj_size=plan.architecture.proj_size, process_group=shared)
-    return reference.lstm_layer if chosen == "reference" else ops.lstm_layer
+    return LAYER_FUNCTIONS[chosen]
 
 
 def _seed(plan: Plan, seed: Any, generator: Any, device: torch.device) -> Tensor | None:

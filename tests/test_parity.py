@@ -11,7 +11,7 @@ import torch
 from helpers import BATCH_NORMS, INSTRUCTION_SETS, LAYER_NORMS, REGULARIZERS, compiled, use_instruction_set
 
 import fusedreg
-from fusedreg.backends.cpu import DTYPES
+from fusedreg.backends.common import DTYPES
 from fusedreg.layer import FORWARD, REVERSE
 from fusedreg.masks import masks
 from fusedreg.regularization import BatchNorm, LayerNorm, Regularization

@@ -1,9 +1,12 @@
 """Which backends there are, whether they can be used here, and which one a call gets.
 
-``auto`` chooses. A backend asked for by name runs or raises, with the reason and the remedy: there is no silent
-fallback. ``reference`` is plain torch and runs everywhere; ``cpu`` is the compiled loop.
+``auto`` chooses: ``cpu`` for CPU tensors; for CUDA tensors ``cuda`` where it was built, else ``triton`` where that
+package is there. A backend asked for by name runs or raises, with the reason and the remedy: there is no silent
+fallback. ``reference`` is plain torch and runs everywhere; ``cpu`` and ``cuda`` are the compiled loop; ``triton`` is
+the loop in kernels that Triton compiles on the user's machine.
 
-Importing this module loads the compiled extension, so that nothing is loaded while a graph is traced.
+Importing this module loads the CPU's extension, so that nothing is loaded while a graph is traced. What belongs to a
+GPU is loaded at its first use: neither the CUDA extension nor Triton slows down a program that has no use for them.
 """
 
 from __future__ import annotations
@@ -13,12 +16,18 @@ from typing import Any
 
 import torch
 
-from fusedreg.backends import cpu
-from fusedreg.backends.cpu import Availability
+from fusedreg.backends import cpu, cuda, triton
+from fusedreg.backends.common import Availability, Backend, without_kernel
 
-__all__ = ["BACKENDS", "Availability", "availability", "explain", "resolve"]
+__all__ = ["BACKENDS", "OPERATORS", "Availability", "availability", "explain", "resolve"]
 
-BACKENDS = ("auto", "reference", "cpu")
+_MODULES: dict[str, Backend] = {"cpu": cpu, "cuda": cuda, "triton": triton}
+# What `auto` tries, in this order, by the type of the input's device.
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+BACKENDS = ("auto", "reference", *_MODULES)
+# The pair of operators behind each backend: what fusedreg.ops.lstm_layer takes.
+OPERATORS = {name: module.OPERATORS for name, module in _MODULES.items()}
 
 cpu.load()
 
@@ -29,7 +38,7 @@ def availability(backend: str) -> Availability:
     """Whether a backend can be used in this process, and if not, why not.
 
     Args:
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``. The first two always can.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``. The first two always can.
 
     Returns:
         An :class:`Availability`, truthy where it can.
@@ -43,7 +52,7 @@ def availability(backend: str) -> Availability:
         True
     """
     check_name(backend)
-    return cpu.load() if backend == "cpu" else Availability(True)
+    return _MODULES[backend].load() if backend in _MODULES else Availability(True)
 
 
 def check_name(backend: Any) -> None:
@@ -65,11 +74,11 @@ def resolve(
     proj_size: int = 0,
     process_group: bool = False,
 ) -> str:
-    """The backend that runs a call: ``"reference"`` or ``"cpu"``.
+    """The backend that runs a call: ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
 
     Args:
-        backend: as the user gave it. ``"auto"`` takes the compiled loop where it can run the call, else the reference,
-            with a :class:`UserWarning` that gives the reason, once a reason.
+        backend: as the user gave it. ``"auto"`` takes the first whose kernels can run the call. What no kernel can
+            run, it gives to the reference, with a :class:`UserWarning` that gives the reason, once a reason.
         device: of the input.
         dtype: of the input.
         proj_size: of the module, 0 without a projection.
@@ -89,23 +98,52 @@ def resolve(
     check_name(backend)
     if backend == "reference":
         return backend
-    reason = cpu.unsupported(device, dtype, proj_size=proj_size, process_group=process_group)
-    if reason is None:
-        return "cpu"
-    if backend == "cpu":
+    if backend != "auto":
+        reason = _MODULES[backend].unsupported(device, dtype, proj_size=proj_size, process_group=process_group)
+        if reason is None:
+            return backend
         raise RuntimeError(
-            f"backend: 'cpu' cannot run this call: {reason}. "
-            "With backend='auto' or backend='reference' the reference runs it."
+            f"backend: {backend!r} cannot run this call: {reason}. backend='reference' runs it in plain torch, step "
+            "by step."
         )
-    if device.type not in ("cpu", "meta"):
-        raise RuntimeError(
-            f"backend: expected a device that this version has kernels for (cpu), got {device}. "
-            "Ask for backend='reference' to run it there in plain torch, step by step, or move module and input to "
-            "the CPU."
+    chosen, reasons = _choose(device, dtype, proj_size, process_group)
+    if chosen is None:
+        raise RuntimeError(_no_backend(device, reasons))
+    if chosen == "reference" and device.type != "meta":
+        _warn_once(next(iter(reasons.values())))
+    return chosen
+
+
+def _choose(
+    device: torch.device, dtype: torch.dtype, proj_size: int, process_group: bool
+) -> tuple[str | None, dict[str, str]]:
+    """What ``auto`` takes, ``None`` for nothing, and why those that come before it in the table cannot run the call."""
+    reasons: dict[str, str] = {}
+    for name in _PREFERRED.get(device.type, ()):
+        reason = _MODULES[name].unsupported(device, dtype, proj_size=proj_size, process_group=process_group)
+        if reason is None:
+            return name, reasons
+        reasons[name] = reason
+    if device.type in ("cpu", "meta"):
+        return "reference", reasons
+    # On a GPU a missing file or package is an error, for someone expects a GPU's speed; what is left to the reference
+    # by design is not.
+    by_design = without_kernel(dtype, proj_size=proj_size, process_group=process_group)
+    if device.type in _PREFERRED and by_design is not None:
+        return "reference", reasons
+    return None, reasons
+
+
+def _no_backend(device: torch.device, reasons: dict[str, str]) -> str:
+    reference = "backend='reference' runs it there in plain torch, step by step"
+    if not reasons:
+        devices = " or ".join(_PREFERRED)
+        return (
+            f"backend: expected a device that there are kernels for ({devices}), got {device}. Move module and input "
+            f"there; {reference}."
         )
-    if device.type == "cpu":
-        _warn_once(reason)
-    return "reference"
+    each = " ".join(f"{name!r} cannot: {reason}." for name, reason in reasons.items())
+    return f"backend: no kernels can run this call on {device}. {each} {reference[0].upper()}{reference[1:]}."
 
 
 def _warn_once(reason: str) -> None:
@@ -145,19 +183,11 @@ def explain(
         'cpu, float32'
     """
     device = torch.device(device)
-    reason = cpu.unsupported(device, dtype, proj_size=proj_size, process_group=process_group)
-    if reason is None:
-        choice = "cpu"
-    elif device.type in ("cpu", "meta"):
-        choice = "reference"
-    else:
-        choice = "nothing: an error; ask for 'reference' by name"
-    kernels = f"yes, with {cpu.instruction_set()}" if reason is None else f"no: {reason}"
-    return "\n".join(
-        [
-            f"{device}, {str(dtype).removeprefix('torch.')}",
-            f"  cpu        {kernels}",
-            "  reference  yes: plain torch, any device and dtype, step by step",
-            f"  auto takes {choice}",
-        ]
-    )
+    lines = [f"{device}, {str(dtype).removeprefix('torch.')}"]
+    for name, module in _MODULES.items():
+        reason = module.unsupported(device, dtype, proj_size=proj_size, process_group=process_group)
+        lines.append(f"  {name:9}  " + (f"no: {reason}" if reason else f"yes, with {module.describe(device)}"))
+    chosen, _ = _choose(device, dtype, proj_size, process_group)
+    lines.append("  reference  yes: plain torch, any device and dtype, step by step")
+    lines.append(f"  auto takes {chosen or 'nothing: an error; ask for reference by name'}")
+    return "\n".join(lines)

@@ -9,36 +9,18 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from fusedreg._version import __version__
+from fusedreg.backends.common import Availability, without_kernel
 
 MINIMUM_TORCH = (2, 10)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OPERATORS = "fusedreg::lstm_layer"
 # Read when the package is imported, never inside an operator. For the sanitizers' build (`make sanitize`).
 LIBRARY_VARIABLE = "FUSEDREG_CPU_LIBRARY"
 
 _REBUILD = "build it with `make build` in a checkout, or `pip install --no-build-isolation .`"
-
-
-class Availability(NamedTuple):
-    """Whether a backend can be used in this process, and if not, why not and what to do about it.
-
-    Truthy exactly where the backend is available; ``reason`` is empty then.
-
-    Example:
-        >>> from fusedreg.backends import availability
-        >>> bool(availability("reference"))
-        True
-    """
-
-    available: bool
-    reason: str = ""
-
-    def __bool__(self) -> bool:
-        return self.available
 
 
 _state: Availability | None = None
@@ -113,12 +95,14 @@ def unsupported(
         process_group: whether a batch norm shares its statistics between processes.
     """
     if device.type != "cpu":
-        return f"device: expected cpu, got {device}"
-    if dtype not in DTYPES:
-        return f"dtype: expected float32, float64, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
-    if proj_size:
-        return f"proj_size={proj_size}: these kernels have no projection"
-    if process_group:
-        return "BatchNorm(process_group=...): these kernels take statistics within one process"
+        return f"device: expected cpu, got {device}; move module and input to the CPU"
+    reason = without_kernel(dtype, proj_size=proj_size, process_group=process_group)
+    if reason is not None:
+        return reason
     state = load()
     return None if state.available else state.reason
+
+
+def describe(device: torch.device) -> str:
+    """The instruction set in use."""
+    return instruction_set()

@@ -293,17 +293,19 @@ def _describe(case: LayerCase) -> str:
 
 
 def implementation(backend: str) -> LayerImplementation:
-    """The layer of a backend by name: ``"reference"``, or ``"cpu"`` for the compiled operators.
+    """The layer of a backend by name: ``"reference"``, or ``"cpu"``, ``"cuda"``, ``"triton"`` for its operators.
 
     Raises:
         ValueError: the name is not one of them.
+        RuntimeError: the backend cannot be used here, with the reason.
     """
-    if backend == "reference":
-        from fusedreg import reference
+    from fusedreg.backends import availability
+    from fusedreg.functional import LAYER_FUNCTIONS
 
-        return reference.lstm_layer
-    if backend == "cpu":
-        from fusedreg import ops
-
-        return ops.lstm_layer
-    raise ValueError(f"backend: expected 'reference' or 'cpu', got {backend!r}")
+    if backend not in LAYER_FUNCTIONS:
+        names = ", ".join(repr(name) for name in LAYER_FUNCTIONS)
+        raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+    state = availability(backend)
+    if not state:
+        raise RuntimeError(f"backend: {backend!r} cannot be used here: {state.reason}")
+    return LAYER_FUNCTIONS[backend]
