@@ -8,7 +8,7 @@ Example:
 
 from __future__ import annotations
 
-from fusedreg import backends, functional, initialization
+from fusedreg import backends, checkpoints, functional, initialization
 from fusedreg._version import __version__
 from fusedreg.functional import LSTMResult, LSTMResultWithCells
 from fusedreg.masks import masks
@@ -26,6 +26,7 @@ __all__ = [
     "Replacements",
     "__version__",
     "backends",
+    "checkpoints",
     "functional",
     "initialization",
     "masks",
