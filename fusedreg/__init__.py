@@ -8,7 +8,7 @@ Example:
 
 from __future__ import annotations
 
-from fusedreg import backends, checkpoints, functional, initialization
+from fusedreg import backends, checkpoints, functional, initialization, truncated
 from fusedreg._version import __version__
 from fusedreg.functional import LSTMResult, LSTMResultWithCells
 from fusedreg.masks import masks
@@ -31,4 +31,5 @@ __all__ = [
     "initialization",
     "masks",
     "replace_lstms",
+    "truncated",
 ]
