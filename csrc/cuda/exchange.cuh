@@ -41,13 +41,18 @@ constexpr uint64_t kLongestWait = 20ull * 1000 * 1000000;  // nanoseconds
 
 class Exchange {
  public:
-  // `memory`: grid_exchange_bytes of zeroed device memory; or, in a cluster, cluster_exchange_bytes of the block's
-  // shared memory, at the same offset in every block.
+  // `memory`: grid_exchange_bytes of zeroed device memory for each group of layout.blocks blocks that share out the
+  // units, the first of them blocks 0 ... layout.blocks - 1 of the grid; or, in a cluster, cluster_exchange_bytes of
+  // the block's shared memory, at the same offset in every block.
   FUSEDREG_DEVICE Exchange(const ExchangeLayout& layout, bool clustered, void* memory)
-      : layout_(layout), clustered_(clustered), own_(clustered ? cluster_rank() : block_index()) {
+      : layout_(layout), clustered_(clustered), own_(clustered ? cluster_rank() : block_index() % layout.blocks) {
     char* at = static_cast<char*>(memory);
-    flags_ = clustered ? nullptr : reinterpret_cast<uint32_t*>(at);
-    if (!clustered) at += static_cast<size_t>(layout.blocks) * kFlagWords * sizeof(uint32_t);
+    flags_ = nullptr;
+    if (!clustered) {
+      at += static_cast<size_t>(block_index() / layout.blocks) * grid_exchange_bytes(layout);
+      flags_ = reinterpret_cast<uint32_t*>(at);
+      at += static_cast<size_t>(layout.blocks) * kFlagWords * sizeof(uint32_t);
+    }
     buffers_ = at;
     row_buffers_ = reinterpret_cast<float*>(at + exchange_buffers_bytes(layout));
   }

@@ -32,9 +32,11 @@ FUSEDREG_HOST_DEVICE constexpr size_t exchange_rows_bytes(const ExchangeLayout& 
 FUSEDREG_HOST_DEVICE constexpr size_t cluster_exchange_bytes(const ExchangeLayout& layout) {
   return exchange_buffers_bytes(layout) + exchange_rows_bytes(layout);
 }
-// In a grid: of device memory, 128-byte aligned, which must be all zeros when the kernel starts.
+// In a grid: of device memory for each group of `blocks` blocks, 128-byte aligned, which must be all zeros when the
+// kernel starts.
 FUSEDREG_HOST_DEVICE constexpr size_t grid_exchange_bytes(const ExchangeLayout& layout) {
-  return static_cast<size_t>(layout.blocks) * kFlagWords * sizeof(uint32_t) + cluster_exchange_bytes(layout);
+  const size_t flags = static_cast<size_t>(layout.blocks) * kFlagWords * sizeof(uint32_t);
+  return flags + (cluster_exchange_bytes(layout) + 127) / 128 * 128;
 }
 
 }  // namespace fusedreg::cuda
