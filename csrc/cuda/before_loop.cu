@@ -1,0 +1,220 @@
+#include "before_loop.h"
+
+#include "cell_step.cuh"
+#include "element_types.h"
+#include "elementwise.h"
+#include "masks.cuh"
+
+namespace fusedreg::cuda {
+namespace {
+
+constexpr int64_t kStepsAThread = 16;  // one draw serves them all
+constexpr int64_t kLargestGridY = 32768;
+
+// ---- weights ----
+
+template <class Storage>
+struct WeightParams {
+  const int64_t* seed;
+  uint32_t layer_direction;
+  MaskSite<ComputeOf<Storage>> site;
+  bool by_row;
+  const void* from;
+  Storage* to;
+  int64_t rows, columns;
+};
+
+// A thread has four columns of one row: one call of the generator.
+template <class Storage, class From>
+FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads,
+                                       1) void mask_weight_kernel(FUSEDREG_PARAMETER WeightParams<Storage> params) {
+  const int64_t quads = (params.columns + 3) / 4, at = element_index();
+  if (at >= params.rows * quads) return;
+  const int64_t row = at / quads, quad = at % quads;
+  const MaskKey key = mask_key(params.seed, params.layer_direction);
+  const auto words = words_of(key, params.by_row ? 0 : quad, row, kWeightFamily);
+  for (int64_t k = 0; k < 4 && quad * 4 + k < params.columns; ++k) {
+    const int64_t element = row * params.columns + quad * 4 + k;
+    const auto mask = mask_of(params.site, words.word[params.by_row ? 0 : k]);
+    params.to[element] = narrow<Storage>(widen(static_cast<const From*>(params.from)[element]) * mask);
+  }
+}
+
+template <class Storage>
+struct NarrowParams {
+  const ComputeOf<Storage>* from;
+  Storage* to;
+  int64_t elements;
+};
+
+template <class Storage>
+FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads,
+                                       1) void narrow_kernel(FUSEDREG_PARAMETER NarrowParams<Storage> params) {
+  const int64_t at = element_index();
+  if (at < params.elements) params.to[at] = narrow<Storage>(params.from[at]);
+}
+
+// ---- inputs ----
+
+template <class Storage>
+struct InputParams {
+  LayerInputs in;
+  const int64_t* seed;
+  MaskSite<ComputeOf<Storage>> site;
+  int gate;
+  int64_t steps_a_thread;
+  const ComputeOf<Storage>* grad;  // on the way back
+  ComputeOf<Storage>* sum;
+  Storage* to;
+
+  FUSEDREG_DEVICE ComputeOf<Storage> mask(int64_t b, int64_t feature) const {
+    if (site.threshold == 0) return site.kept;
+    const MaskKey key = mask_key(seed, static_cast<uint32_t>(in.options.layer) * 2u + (in.options.reverse ? 1u : 0u));
+    const bool untied = in.options.untied_masks;
+    return mask_of(site, words_of(key, feature, b, untied ? kUntiedInputFamily : kInputFamily).word[untied ? gate : 0]);
+  }
+};
+
+template <class Storage>
+FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads,
+                                       1) void gather_inputs_kernel(FUSEDREG_PARAMETER InputParams<Storage> params) {
+  const LayerInputs& in = params.in;
+  const int64_t at = element_index(), row_elements = in.rows * in.input_size;
+  if (at >= row_elements) return;
+  const int64_t b = at / in.input_size, feature = at % in.input_size, length = row_length(in, b);
+  const auto mask = params.mask(b, feature);
+  const Storage* from = static_cast<const Storage*>(in.input) + b * in.input_row_stride + feature;
+  const int64_t first = block_index_y() * params.steps_a_thread;
+  for (int64_t t = first; t < first + params.steps_a_thread && t < in.steps; ++t) {
+    params.to[t * row_elements + at] = t < length ? narrow<Storage>(widen(from[t * in.input_step_stride]) * mask)
+                                                  : narrow<Storage>(ComputeOf<Storage>(0));
+  }
+}
+
+template <class Storage>
+FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads, 1) void mask_input_gradient_kernel(
+    FUSEDREG_PARAMETER InputParams<Storage> params) {
+  using Compute = ComputeOf<Storage>;
+  const LayerInputs& in = params.in;
+  const int64_t at = element_index(), row_elements = in.rows * in.input_size;
+  if (at >= row_elements) return;
+  const Compute mask = params.mask(at / in.input_size, at % in.input_size);
+  const int64_t first = block_index_y() * params.steps_a_thread;
+  for (int64_t t = first; t < first + params.steps_a_thread && t < in.steps; ++t) {
+    const int64_t element = t * row_elements + at;
+    Compute value = params.grad[element] * mask;
+    if (params.sum != nullptr) {
+      if (params.gate > 0) value += params.sum[element];
+      params.sum[element] = value;
+    }
+    if (params.to != nullptr) params.to[element] = narrow<Storage>(value);
+  }
+}
+
+template <class Storage>
+InputParams<Storage> input_params(const LayerInputs& in, const int64_t* seed, int gate) {
+  InputParams<Storage> params{};
+  params.in = in;
+  params.seed = seed;
+  params.site = dropout_site<ComputeOf<Storage>>(in.rates.input_dropout, in.options.training);
+  params.gate = gate;
+  params.steps_a_thread = piece_of(in.steps, kStepsAThread, kLargestGridY);
+  return params;
+}
+
+template <class Storage>
+Launch input_launch(const InputParams<Storage>& params, void* stream) {
+  return element_launch(params.in.rows * params.in.input_size, stream, pieces(params.in.steps, params.steps_a_thread));
+}
+
+// ---- biases ----
+
+template <class Storage>
+struct BiasParams {
+  const void* terms[4];
+  ComputeOf<Storage>* to;
+  int64_t elements;
+};
+
+template <class Storage>
+FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads,
+                                       1) void sum_biases_kernel(FUSEDREG_PARAMETER BiasParams<Storage> params) {
+  const int64_t at = element_index();
+  if (at >= params.elements) return;
+  ComputeOf<Storage> sum = 0;
+  for (const void* term : params.terms) {
+    if (term != nullptr) sum += widen(static_cast<const Storage*>(term)[at]);
+  }
+  params.to[at] = sum;
+}
+
+template <class Storage, class From>
+void run_mask_weight(const LayerInputs& in, const int64_t* seed, const void* from, void* to, void* stream) {
+  WeightParams<Storage> params{};
+  params.seed = seed;
+  params.layer_direction = static_cast<uint32_t>(in.options.layer) * 2u + (in.options.reverse ? 1u : 0u);
+  params.site = dropout_site<ComputeOf<Storage>>(in.rates.weight_dropout, in.options.training);
+  params.by_row = in.options.weight_mask_row;
+  params.from = from;
+  params.to = static_cast<Storage*>(to);
+  params.rows = 4 * in.hidden_size;
+  params.columns = in.hidden_size;
+  launch<mask_weight_kernel<Storage, From>>(element_launch(params.rows * pieces(params.columns, 4), stream), params);
+}
+
+}  // namespace
+
+void mask_weight(const LayerInputs& in, const int64_t* seed, const void* from, bool from_compute, void* to,
+                 void* stream) {
+  with_storage(in.dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    if (from_compute) {
+      run_mask_weight<Storage, ComputeOf<Storage>>(in, seed, from, to, stream);
+    } else {
+      run_mask_weight<Storage, Storage>(in, seed, from, to, stream);
+    }
+  });
+}
+
+void narrow_elements(ScalarType storage_type, const void* from, int64_t elements, void* to, void* stream) {
+  with_storage(storage_type, [&](auto storage) {
+    using Storage = decltype(storage);
+    NarrowParams<Storage> params{static_cast<const ComputeOf<Storage>*>(from), static_cast<Storage*>(to), elements};
+    launch<narrow_kernel<Storage>>(element_launch(elements, stream), params);
+  });
+}
+
+bool drops_inputs(const LayerInputs& in) { return in.options.training && in.rates.input_dropout > 0; }
+
+void gather_inputs(const LayerInputs& in, const int64_t* seed, int gate, void* to, void* stream) {
+  with_storage(in.dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    InputParams<Storage> params = input_params<Storage>(in, seed, gate);
+    params.to = static_cast<Storage*>(to);
+    launch<gather_inputs_kernel<Storage>>(input_launch(params, stream), params);
+  });
+}
+
+void mask_input_gradient(const LayerInputs& in, const int64_t* seed, int gate, const void* grad, void* sum, void* to,
+                         void* stream) {
+  with_storage(in.dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    InputParams<Storage> params = input_params<Storage>(in, seed, gate);
+    params.grad = static_cast<const ComputeOf<Storage>*>(grad);
+    params.sum = static_cast<ComputeOf<Storage>*>(sum);
+    params.to = static_cast<Storage*>(to);
+    launch<mask_input_gradient_kernel<Storage>>(input_launch(params, stream), params);
+  });
+}
+
+void sum_biases(const LayerInputs& in, void* to, void* stream) {
+  with_storage(in.dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    BiasParams<Storage> params{{in.bias_ih, in.bias_hh, in.norm.input_bias, in.norm.recurrent_bias},
+                               static_cast<ComputeOf<Storage>*>(to),
+                               4 * in.hidden_size};
+    launch<sum_biases_kernel<Storage>>(element_launch(params.elements, stream), params);
+  });
+}
+
+}  // namespace fusedreg::cuda
