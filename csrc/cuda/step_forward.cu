@@ -1,0 +1,79 @@
+// The step tier, forward: the loop over the steps.
+#include "step_forward_batch_norm.cuh"
+#include "step_forward_layer_norm.cuh"
+#include "step_forward_plain.cuh"
+#include "step_launch.h"
+
+namespace fusedreg::cuda {
+namespace {
+
+template <class Compute>
+void take_scratch(const LayerInputs& in, Scratch& scratch, StepForward<Compute>& step) {
+  const int64_t states = in.rows * in.hidden_size;
+  const ScalarType compute = compute_type(in.dtype);
+  step.published = scratch.take(states * step.masks.hidden_copies(), in.dtype);
+  step.recurrent = static_cast<const Compute*>(scratch.take(4 * states, compute));
+  if (!in.options.norm_cell) return;
+  step.candidates = static_cast<Compute*>(scratch.take(states, compute));
+  step.output_gates = static_cast<Compute*>(scratch.take(states, compute));
+}
+
+// a = (m_h h) W_hh^T; with untied masks gate by gate, each from its own copy of h.
+template <class Compute>
+void multiply(const StepForward<Compute>& step, Products& products) {
+  const LayerInputs& in = step.loop.layer.in;
+  const int64_t B = in.rows, H = in.hidden_size;
+  const int64_t copies = step.masks.hidden_copies(), columns = 4 * H / copies;
+  const size_t storage = bytes_of(in.dtype);
+  for (int64_t copy = 0; copy < copies; ++copy) {
+    const char* hidden = static_cast<const char*>(step.published) + static_cast<size_t>(copy * B * H) * storage;
+    const char* weight =
+        static_cast<const char*>(step.loop.layer.weight_hh) + static_cast<size_t>(copy * columns * H) * storage;
+    products.multiply(Matrix::by_rows(step.recurrent + copy * columns, compute_type(in.dtype), B, columns, 4 * H),
+                      Matrix::contiguous(hidden, in.dtype, B, H),
+                      Matrix::contiguous(weight, in.dtype, columns, H).transposed());
+  }
+}
+
+template <class Storage>
+void run(const ForwardLoop& loop, Products& products) {
+  using Compute = ComputeOf<Storage>;
+  const LayerInputs& in = loop.layer.in;
+  StepForward<Compute> step{};
+  step.loop = loop;
+  step.masks = loop_masks<Compute>(in);
+  Scratch scratch(loop.scratch);
+  take_scratch(in, scratch, step);
+  step.kept_in_place = in.options.norm != NormKind::None && loop.out.gates != nullptr && steps_are_contiguous(in);
+  launch<step_forward_start<Storage>>(cells_launch(in, loop.stream), step);
+  const Launch how = step_launch<Compute>(in, loop.stream);
+  for (step.s = 0; step.s < in.steps; ++step.s) {
+    if (step.kept_in_place) {
+      step.recurrent =
+          static_cast<const Compute*>(loop.out.gates) + position_of_step(in, step.s) * in.rows * 4 * in.hidden_size;
+    }
+    multiply(step, products);
+    switch (in.options.norm) {
+      case NormKind::None: launch<step_forward_plain<Storage>>(how, step); break;
+      case NormKind::Layer: launch<step_forward_layer_norm<Storage>>(how, step); break;
+      case NormKind::Batch: launch<step_forward_batch_norm<Storage>>(how, step); break;
+    }
+  }
+}
+
+}  // namespace
+
+size_t step_forward_scratch(const LayerInputs& in, const Choice&) {
+  Scratch measure(nullptr);
+  StepForward<float> step{};  // the sizes follow from in.dtype
+  step.masks = loop_masks<float>(in);
+  take_scratch(in, measure, step);
+  return measure.used();
+}
+
+void step_forward(const ForwardLoop& loop, const Choice&, Products& products) {
+  if (loop.layer.in.rows == 0) return;
+  with_storage(loop.layer.in.dtype, [&](auto storage) { run<decltype(storage)>(loop, products); });
+}
+
+}  // namespace fusedreg::cuda
