@@ -10,13 +10,14 @@ namespace {
 template <class Compute>
 void take_scratch(const LayerInputs& in, Scratch& scratch, StepBackward<Compute>& step) {
   const int64_t states = in.rows * in.hidden_size;
-  const ScalarType compute = compute_type(in.dtype);
-  const auto take = [&](int64_t count) { return static_cast<Compute*>(scratch.take(count, compute)); };
-  step.product = take(states * step.masks.hidden_copies());
-  step.grad_cell = take(states);
-  if (step.masks.zones_hidden) step.grad_hidden = take(states);
-  if (!steps_are_contiguous(in)) step.recurrent_of_step = scratch.take(4 * states, in.dtype);
-  if (in.options.norm_cell) step.kept = take(kKeptFields * states);
+  const auto take_if = [&](bool wanted, int64_t count) {
+    return static_cast<Compute*>(scratch.take_if(wanted, count, compute_type(in.dtype)));
+  };
+  step.product = take_if(true, states * step.masks.hidden_copies());
+  step.grad_cell = take_if(true, states);
+  step.grad_hidden = take_if(step.masks.zones_hidden, states);
+  step.kept = take_if(in.options.norm_cell, kKeptFields * states);
+  step.recurrent_of_step = scratch.take_if(!steps_are_contiguous(in), 4 * states, in.dtype);
 }
 
 // da W_hh; with untied masks gate by gate, since each gate's share has its own mask.
@@ -25,18 +26,17 @@ void multiply(const StepBackward<Compute>& step, Products& products) {
   const LayerInputs& in = step.loop.layer.in;
   const int64_t B = in.rows, H = in.hidden_size;
   const int64_t copies = step.masks.hidden_copies(), columns = 4 * H / copies;
-  const size_t storage = bytes_of(in.dtype);
+  const int64_t storage = static_cast<int64_t>(bytes_of(in.dtype));
   const char* grads = static_cast<const char*>(step.recurrent_of_step);
   if (grads == nullptr) {
     const int64_t first = position_of_step(in, step.s) * B * 4 * H;
-    grads = static_cast<const char*>(step.loop.grad_recurrent) + static_cast<size_t>(first) * storage;
+    grads = static_cast<const char*>(step.loop.grad_recurrent) + first * storage;
   }
   const char* weight = static_cast<const char*>(step.loop.layer.weight_hh);
   for (int64_t copy = 0; copy < copies; ++copy) {
-    products.multiply(
-        Matrix::contiguous(step.product + copy * B * H, compute_type(in.dtype), B, H),
-        Matrix::by_rows(grads + static_cast<size_t>(copy * columns) * storage, in.dtype, B, columns, 4 * H),
-        Matrix::contiguous(weight + static_cast<size_t>(copy * columns * H) * storage, in.dtype, columns, H));
+    products.multiply(Matrix::contiguous(step.product + copy * B * H, compute_type(in.dtype), B, H),
+                      Matrix::by_rows(grads + copy * columns * storage, in.dtype, B, columns, 4 * H),
+                      Matrix::contiguous(weight + copy * columns * H * storage, in.dtype, columns, H));
   }
 }
 

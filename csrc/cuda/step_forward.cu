@@ -11,11 +11,11 @@ template <class Compute>
 void take_scratch(const LayerInputs& in, Scratch& scratch, StepForward<Compute>& step) {
   const int64_t states = in.rows * in.hidden_size;
   const ScalarType compute = compute_type(in.dtype);
+  const bool cell = in.options.norm_cell;
   step.published = scratch.take(states * step.masks.hidden_copies(), in.dtype);
   step.recurrent = static_cast<const Compute*>(scratch.take(4 * states, compute));
-  if (!in.options.norm_cell) return;
-  step.candidates = static_cast<Compute*>(scratch.take(states, compute));
-  step.output_gates = static_cast<Compute*>(scratch.take(states, compute));
+  step.candidates = static_cast<Compute*>(scratch.take_if(cell, states, compute));
+  step.output_gates = static_cast<Compute*>(scratch.take_if(cell, states, compute));
 }
 
 // a = (m_h h) W_hh^T; with untied masks gate by gate, each from its own copy of h.
@@ -24,11 +24,10 @@ void multiply(const StepForward<Compute>& step, Products& products) {
   const LayerInputs& in = step.loop.layer.in;
   const int64_t B = in.rows, H = in.hidden_size;
   const int64_t copies = step.masks.hidden_copies(), columns = 4 * H / copies;
-  const size_t storage = bytes_of(in.dtype);
+  const int64_t storage = static_cast<int64_t>(bytes_of(in.dtype));
   for (int64_t copy = 0; copy < copies; ++copy) {
-    const char* hidden = static_cast<const char*>(step.published) + static_cast<size_t>(copy * B * H) * storage;
-    const char* weight =
-        static_cast<const char*>(step.loop.layer.weight_hh) + static_cast<size_t>(copy * columns * H) * storage;
+    const char* hidden = static_cast<const char*>(step.published) + copy * B * H * storage;
+    const char* weight = static_cast<const char*>(step.loop.layer.weight_hh) + copy * columns * H * storage;
     products.multiply(Matrix::by_rows(step.recurrent + copy * columns, compute_type(in.dtype), B, columns, 4 * H),
                       Matrix::contiguous(hidden, in.dtype, B, H),
                       Matrix::contiguous(weight, in.dtype, columns, H).transposed());

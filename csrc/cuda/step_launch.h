@@ -1,30 +1,12 @@
-// The step tier, on the host: scratch, types and grids, shared by both directions.
+// The step tier, on the host: positions and grids, shared by both directions.
 #pragma once
 
+#include "element_types.h"
+#include "scratch.h"
 #include "step_rows.cuh"
 #include "step_tier.h"
 
 namespace fusedreg::cuda {
-
-inline bool is_narrow(ScalarType type) { return type == ScalarType::BFloat16 || type == ScalarType::Float16; }
-inline ScalarType compute_type(ScalarType type) { return is_narrow(type) ? ScalarType::Float32 : type; }
-inline size_t bytes_of(ScalarType type) { return is_narrow(type) ? 2 : type == ScalarType::Float64 ? 8 : 4; }
-
-// Hands out parts of the scratch; with no base it measures.
-class Scratch {
- public:
-  explicit Scratch(void* base) : base_(static_cast<char*>(base)) {}
-  void* take(int64_t count, ScalarType type) {
-    void* part = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (static_cast<size_t>(count) * bytes_of(type) + 255) / 256 * 256;
-    return part;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 // Whether all rows of one step stand at one position, which is then contiguous in every (T, B, ..) array.
 inline bool steps_are_contiguous(const LayerInputs& in) { return !in.options.reverse || in.lengths == nullptr; }
@@ -61,17 +43,6 @@ Launch step_launch(const LayerInputs& in, void* stream) {
   }
   launch.shared_bytes = sums_bytes<Compute>(launch.threads);
   return launch;
-}
-
-// Calls `run` with a value of the storage type.
-template <class Run>
-void with_storage(ScalarType type, Run&& run) {
-  switch (type) {
-    case ScalarType::Float32: return run(float{});
-    case ScalarType::Float64: return run(double{});
-    case ScalarType::BFloat16: return run(BFloat16{});
-    case ScalarType::Float16: return run(Float16{});
-  }
 }
 
 }  // namespace fusedreg::cuda

@@ -3,12 +3,12 @@
 #pragma once
 
 #include "loop.h"
+#include "plan.h"
 #include "products.h"
 
 namespace fusedreg::cuda {
 
-struct Choice;  // plan.h; this tier has nothing to choose
-
+// The choice is that of plan.h, as for every tier; here nothing is left to choose.
 size_t step_forward_scratch(const LayerInputs& in, const Choice& choice);
 void step_forward(const ForwardLoop& loop, const Choice& choice, Products& products);
 size_t step_backward_scratch(const LayerInputs& in, const Choice& choice);
