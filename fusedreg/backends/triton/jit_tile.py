@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedreg.backends.triton.jit_masks import SEQUENCE, family_words, is_below, step_words
+from fusedreg.backends.triton.jit_masks import SEQUENCE, WEIGHT, family_words, is_below, step_words
 
 DRAWN: tl.constexpr = tl.constexpr(1)
 EXPECTED: tl.constexpr = tl.constexpr(2)
@@ -106,3 +106,16 @@ def tile_masks(rows, units, position, key0, key1, rates, LAYER: tl.constexpr):
     if LAYER.cell_dropout == EXPECTED:
         cell = blank + rates.cell_expectation
     return zone_hidden, zone_cell, update, cell, output
+
+
+@triton.jit
+def weight_is_dropped(row, column, stream, threshold, key0, key1, BY_ROW: tl.constexpr):
+    """Weight dropout's mask of elements ``row, column`` of a ``(4H, ·)`` weight; the word is ``column % 4``."""
+    if BY_ROW:
+        w0, w1, w2, w3 = family_words(column * 0, row, WEIGHT, stream, key0, key1)
+        word = w0
+    else:
+        w0, w1, w2, w3 = family_words(column // 4, row, WEIGHT, stream, key0, key1)
+        choice = column % 4
+        word = tl.where(choice == 0, w0, tl.where(choice == 1, w1, tl.where(choice == 2, w2, w3)))
+    return is_below(word, threshold)

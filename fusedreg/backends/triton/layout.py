@@ -122,6 +122,37 @@ class ForwardResults(NamedTuple):
     cell_statistics: Any
 
 
+class ForwardState(NamedTuple):
+    """What the forward loop keeps beside its results; ``None`` where the layer has no need of it.
+
+    ``exchange (2, copies, B, H)`` in the storage type: the carried ``h``, masked by hidden dropout (four copies where
+    masks are untied), read and written in turn. ``raw (B, 4H)``: a step's ``a`` where no gates are kept.
+    ``candidates`` and ``output_gates (B, H)``: of a step whose cell is normalised. ``arrivals``: int32 counters of the
+    persistent kernel's barriers, one a group of programs.
+    """
+
+    exchange: Any
+    raw: Any
+    candidates: Any
+    output_gates: Any
+    arrivals: Any
+
+
+class ForwardTensors(NamedTuple):
+    """Everything in memory that a step of the forward reads or writes."""
+
+    inputs: LoopInputs
+    results: ForwardResults
+    state: ForwardState
+
+
+class Numbers(NamedTuple):
+    """Every number that a step takes and that compiles nothing anew."""
+
+    sizes: Sizes
+    rates: Rates
+
+
 class Arguments(NamedTuple):
     """The 24 tensor arguments of the operators, by name and in their order."""
 
@@ -192,6 +223,8 @@ def make_layer(arguments: Sequence[Any]) -> Layer:
     *given, rates, options, eps = arguments
     tensors = Arguments(*(_contiguous(name, value) for name, value in zip(TENSOR_ARGUMENTS, given, strict=True)))
     steps, rows = tensors.input.shape[:2]
+    if tensors.lengths is not None:
+        tensors = tensors._replace(lengths=tensors.lengths.clamp(0, steps))
     flags = layer_flags(rates, options, tensors.input.dtype, tensors.weight_hh.shape[1])
     running = tensors.running_recurrent_mean if flags.norm_recurrent else tensors.running_cell_mean
     sizes = Sizes(steps, rows, 0 if running is None else running.shape[0])

@@ -1,0 +1,111 @@
+"""The forward loop: the kernels of a step, launched once a step, and the launch of the persistent kernel."""
+
+# mypy: allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedreg.backends.triton.configurations import Configuration, forward_configuration
+from fusedreg.backends.triton.forward_cell import publish
+from fusedreg.backends.triton.forward_step import step_of_units
+from fusedreg.backends.triton.layout import (
+    UNTIED,
+    ForwardResults,
+    ForwardState,
+    ForwardTensors,
+    Layer,
+    LayerFlags,
+    LoopInputs,
+    Numbers,
+)
+from fusedreg.encoding import NORM_LAYER
+
+
+@triton.jit(do_not_specialize=["numbers"])
+def start_kernel(  # type: ignore[no-untyped-def]
+    tensors, numbers, LAYER: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr
+):
+    """Hand the initial ``h`` to the first step's product."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    units = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+    present = rows < numbers.sizes.rows
+    inside = present[:, None] & (units < LAYER.hidden_size)[None, :]
+    at = (rows.to(tl.int64) * LAYER.hidden_size)[:, None] + units[None, :]
+    hidden = tl.load(tensors.results.final_hidden + at, mask=inside, other=0.0)
+    publish(0, hidden, rows, units, present, tensors, numbers, LAYER)
+
+
+@triton.jit(do_not_specialize=["s", "numbers", "rows_per_group"])
+def units_kernel(  # type: ignore[no-untyped-def]
+    s, tensors, numbers, rows_per_group, LAYER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One step of a program's units, for its rows."""
+    units = tl.program_id(0) * BLOCK.units + tl.arange(0, BLOCK.units)
+    first_row = tl.program_id(1) * rows_per_group
+    last_row = tl.minimum(first_row + rows_per_group, numbers.sizes.rows)
+    step_of_units(s, units, first_row, last_row, None, 0, (), tensors, numbers, LAYER, BLOCK)
+
+
+def forward_state(layer: Layer, results: ForwardResults, configuration: Configuration) -> ForwardState:
+    """What the loop keeps beside its results, allocated once a call."""
+    flags, rows, size = layer.flags, layer.sizes.rows, layer.flags.hidden_size
+    device = results.output.device
+    copies = 4 if flags.hidden_dropout == UNTIED else 1
+
+    def new(wanted: object, *shape: int) -> torch.Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=device) if wanted else None
+
+    by_stages = in_stages(flags)
+    return ForwardState(
+        exchange=torch.empty(2, copies, rows, size, dtype=results.output.dtype, device=device),
+        raw=new(by_stages and results.gates is None, rows, 4 * size),
+        candidates=new(by_stages and flags.norm_cell, rows, size),
+        output_gates=new(by_stages and flags.norm_cell, rows, size),
+        arrivals=torch.zeros(configuration.groups, dtype=torch.int32, device=device)
+        if configuration.block.persistent
+        else None,
+    )
+
+
+def in_stages(flags: LayerFlags) -> bool:
+    """Whether a step needs more of the batch than a tile: a norm in the loop, but for the population's statistics."""
+    inside = flags.norm_recurrent or flags.norm_cell
+    return bool(inside and (flags.norm == NORM_LAYER or flags.batch_statistics))
+
+
+def forward_loop(layer: Layer, inputs: LoopInputs, results: ForwardResults) -> None:
+    """Run the loop: everything of ``results`` but what belongs to the input's term."""
+    configuration = forward_configuration(layer)
+    for state, initial in (
+        (results.final_hidden, inputs.initial_hidden),
+        (results.final_cell, inputs.initial_cell),
+    ):
+        if initial is None:
+            state.zero_()
+        else:
+            state.copy_(initial)
+    tensors = ForwardTensors(inputs, results, forward_state(layer, results, configuration))
+    numbers = Numbers(layer.sizes, layer.rates)
+    block = configuration.block
+    grid = (triton.cdiv(layer.sizes.rows, block.rows), triton.cdiv(layer.flags.hidden_size, block.units))
+    start_kernel[grid](tensors, numbers, layer.flags, block.rows, block.units)
+    _launch_steps(tensors, numbers, layer.flags, configuration)
+
+
+def _launch_steps(tensors: ForwardTensors, numbers: Numbers, flags: LayerFlags, configuration: Configuration) -> None:
+    block = configuration.block
+    grid = (configuration.programs, configuration.groups)
+    for s in range(numbers.sizes.steps):
+        units_kernel[grid](
+            s,
+            tensors,
+            numbers,
+            configuration.rows_per_group,
+            flags,
+            block,
+            num_warps=configuration.warps,
+            num_stages=configuration.stages,
+        )

@@ -1,0 +1,204 @@
+"""One step of the forward loop: the body that the kernel of a step and the persistent kernel share.
+
+A program owns some units, all four gates of them, for some rows. Without a norm a tile of rows goes straight from the
+product to the results. A batch norm's statistics are a program's own, since it then owns its units for every row; it
+passes over its tiles once for each quantity that the next pass needs. A layer norm's are a row's: the product is one
+stage (:func:`product_of_units`), and what follows another (forward_rows.py), in which a program owns whole rows.
+
+The body keeps the carried ``h`` and ``c`` where the final ones are returned, and hands ``h``, masked by hidden
+dropout, to the next step through ``exchange``: step ``s`` reads half ``s % 2`` and writes the other.
+"""
+
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedreg.backends.triton.forward_cell import (
+    begin_tile,
+    draw_masks,
+    finish_tile,
+    load_states,
+    load_terms,
+    store_raw,
+    tile_order,
+)
+from fusedreg.backends.triton.forward_norm import (
+    gain_over_deviation,
+    population,
+    shift_of,
+    store_moments,
+    valid_rows,
+)
+from fusedreg.backends.triton.jit_grid import wait_for
+from fusedreg.backends.triton.jit_storage import dot
+from fusedreg.backends.triton.jit_tile import UNTIED
+
+
+@triton.jit
+def load_weight(gate, units, first_column, tensors, LAYER: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of one gate's rows of ``W_hh``, turned: ``(columns, units)``."""
+    size: tl.constexpr = LAYER.hidden_size
+    columns = first_column + tl.arange(0, BLOCK.columns)
+    inside = (units < size)[:, None] & (columns < size)[None, :]
+    at = ((gate * size + units).to(tl.int64) * size)[:, None] + columns[None, :]
+    return tl.trans(tl.load(tensors.inputs.weight_hh + at, mask=inside, other=0.0))
+
+
+@triton.jit
+def resident_weights(units, tensors, LAYER: tl.constexpr, BLOCK: tl.constexpr):
+    """Every tile of ``W_hh`` that a program with these units ever needs, to be held over all steps; or nothing."""
+    tiles = ()
+    if BLOCK.resident:
+        for chunk in tl.static_range(0, LAYER.hidden_size, BLOCK.columns):
+            for gate in tl.static_range(4):
+                tiles = tiles + (load_weight(gate, units, chunk, tensors, LAYER, BLOCK),)
+    return tiles
+
+
+@triton.jit
+def exchanged(start, first_column, live, LAYER: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of the masked ``h_{s-1}``: written by other programs, so never from this one's own cache."""
+    columns = first_column + tl.arange(0, BLOCK.columns)
+    inside = live[:, None] & (columns < LAYER.hidden_size)[None, :]
+    return tl.load(start[:, None] + columns[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def add_products(
+    a_i, a_f, a_g, a_o, start, copy, chunk, live, w_i, w_f, w_g, w_o, LAYER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Add the products of one tile of columns to the four gates' sums."""
+    h_i = exchanged(start, chunk, live, LAYER, BLOCK)
+    if LAYER.hidden_dropout == UNTIED:
+        h_f = exchanged(start + copy, chunk, live, LAYER, BLOCK)
+        h_g = exchanged(start + 2 * copy, chunk, live, LAYER, BLOCK)
+        h_o = exchanged(start + 3 * copy, chunk, live, LAYER, BLOCK)
+    else:
+        h_f = h_i
+        h_g = h_i
+        h_o = h_i
+    return (
+        dot(h_i, w_i, a_i, BLOCK.precision),
+        dot(h_f, w_f, a_f, BLOCK.precision),
+        dot(h_g, w_g, a_g, BLOCK.precision),
+        dot(h_o, w_o, a_o, BLOCK.precision),
+    )
+
+
+@triton.jit
+def recurrent_product(s, rows, units, live, tiles, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):
+    """``a^k = (m_h^k ⊙ h_{s-1}) W̃^kᵀ`` of a tile, in float32, for the four gates; 0 in rows that are not ``live``."""
+    size: tl.constexpr = LAYER.hidden_size
+    copies: tl.constexpr = 4 if LAYER.hidden_dropout == UNTIED else 1
+    copy = numbers.sizes.rows.to(tl.int64) * size
+    start = tensors.state.exchange + (s % 2) * (copies * copy) + rows.to(tl.int64) * size
+    a_i = tl.zeros([rows.shape[0], units.shape[0]], tl.float32)
+    a_f = a_i
+    a_g = a_i
+    a_o = a_i
+    if BLOCK.resident:
+        for chunk in tl.static_range(0, size, BLOCK.columns):
+            at: tl.constexpr = chunk // BLOCK.columns * 4
+            a_i, a_f, a_g, a_o = add_products(
+                a_i, a_f, a_g, a_o, start, copy, chunk, live,
+                tiles[at], tiles[at + 1], tiles[at + 2], tiles[at + 3], LAYER, BLOCK,
+            )  # fmt: skip
+    else:
+        for chunk in range(0, size, BLOCK.columns):
+            w_i = load_weight(0, units, chunk, tensors, LAYER, BLOCK)
+            w_f = load_weight(1, units, chunk, tensors, LAYER, BLOCK)
+            w_g = load_weight(2, units, chunk, tensors, LAYER, BLOCK)
+            w_o = load_weight(3, units, chunk, tensors, LAYER, BLOCK)
+            a_i, a_f, a_g, a_o = add_products(
+                a_i, a_f, a_g, a_o, start, copy, chunk, live, w_i, w_f, w_g, w_o, LAYER, BLOCK
+            )
+    scale = numbers.rates.recurrent_scale
+    return a_i * scale, a_f * scale, a_g * scale, a_o * scale
+
+
+@triton.jit
+def product_of_units(
+    s, units, first_row, last_row, target, tiles, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The first stage of a step with a layer norm: a program's columns of the raw ``a``."""
+    if BLOCK.persistent:
+        wait_for(tensors.state.arrivals, target)
+    first = first_row
+    while first < last_row:
+        rows = first + tl.arange(0, BLOCK.rows)
+        valid, position, resets = tile_order(s, rows, tensors, numbers, LAYER)
+        a_i, a_f, a_g, a_o = recurrent_product(s, rows, units, valid & ~resets, tiles, tensors, numbers, LAYER, BLOCK)
+        store_raw(a_i, a_f, a_g, a_o, rows, units, valid, position, tensors, numbers, LAYER)
+        first += BLOCK.rows
+
+
+@triton.jit
+def step_of_units(
+    s, units, first_row, last_row, arrivals, target, tiles, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A whole step of some units and rows, where no norm needs more of the batch than the tile at hand.
+
+    Without a norm, or with one of the input's term alone; a batch norm in evaluation too, whose statistics are known.
+    """
+    eps = numbers.rates.eps
+    known = units < LAYER.hidden_size
+    if LAYER.norm_recurrent or LAYER.norm_cell:
+        count = valid_rows(s, tensors, numbers, LAYER, BLOCK.rows)
+    if LAYER.norm_recurrent:
+        mean_i, scale_i = known_norm(s, 0, units, known, count, eps, tensors, numbers, LAYER)
+        mean_f, scale_f = known_norm(s, 1, units, known, count, eps, tensors, numbers, LAYER)
+        mean_g, scale_g = known_norm(s, 2, units, known, count, eps, tensors, numbers, LAYER)
+        mean_o, scale_o = known_norm(s, 3, units, known, count, eps, tensors, numbers, LAYER)
+    if LAYER.norm_cell:
+        cell_mean, cell_var = population(
+            s, tensors.inputs.cell_mean, tensors.inputs.cell_var, units, known, LAYER.hidden_size, tensors, numbers
+        )
+        store_moments(s, tensors.results.cell_statistics, count, cell_mean, cell_var, units, known, LAYER.hidden_size)
+        cell_scale = gain_over_deviation(cell_var, tensors.inputs.cell_gain, units, known, eps)
+        cell_shift = shift_of(tensors.inputs.cell_shift, units, known)
+    first = first_row
+    while first < last_row:
+        # Everything but the product is read and drawn before waiting for the other programs' h.
+        rows = first + tl.arange(0, BLOCK.rows)
+        valid, position, resets = tile_order(s, rows, tensors, numbers, LAYER)
+        z_i, z_f, z_g, z_o = load_terms(rows, units, valid, position, tensors, numbers, LAYER)
+        previous_hidden, previous_cell = load_states(rows, units, valid, resets, tensors, LAYER)
+        zone_hidden, zone_cell, update, cell, output = draw_masks(rows, units, position, tensors, numbers, LAYER)
+        if BLOCK.persistent:
+            if first == first_row:
+                wait_for(arrivals, target)
+        a_i, a_f, a_g, a_o = recurrent_product(s, rows, units, valid & ~resets, tiles, tensors, numbers, LAYER, BLOCK)
+        if LAYER.norm != 0 and tensors.results.gates is not None:
+            store_raw(a_i, a_f, a_g, a_o, rows, units, valid, position, tensors, numbers, LAYER)
+        if LAYER.norm_recurrent:
+            a_i = (a_i - mean_i[None, :]) * scale_i[None, :]
+            a_f = (a_f - mean_f[None, :]) * scale_f[None, :]
+            a_g = (a_g - mean_g[None, :]) * scale_g[None, :]
+            a_o = (a_o - mean_o[None, :]) * scale_o[None, :]
+        o, candidate = begin_tile(
+            a_i + z_i, a_f + z_f, a_g + z_g, a_o + z_o, rows, units, valid, position, previous_cell, update, cell,
+            tensors, numbers, LAYER,
+        )  # fmt: skip
+        argument = candidate
+        if LAYER.norm_cell:
+            argument = (candidate - cell_mean[None, :]) * cell_scale[None, :] + cell_shift[None, :]
+        finish_tile(
+            s, argument, o, candidate, rows, units, valid, position, previous_hidden, previous_cell,
+            zone_hidden, zone_cell, output, tensors, numbers, LAYER,
+        )  # fmt: skip
+        first += BLOCK.rows
+
+
+@triton.jit
+def known_norm(s, gate, units, known, count, eps, tensors, numbers, LAYER: tl.constexpr):
+    """A gate's mean, and gain over deviation, of a recurrent batch norm in evaluation."""
+    width: tl.constexpr = 4 * LAYER.hidden_size
+    columns = gate * LAYER.hidden_size + units
+    mean, var = population(
+        s, tensors.inputs.recurrent_mean, tensors.inputs.recurrent_var, columns, known, width, tensors, numbers
+    )
+    store_moments(s, tensors.results.recurrent_statistics, count, mean, var, columns, known, width)
+    return mean, gain_over_deviation(var, tensors.inputs.recurrent_gain, columns, known, eps)

@@ -1,0 +1,49 @@
+"""The operators' kernels: one layer in one direction, forward and backward, under the schema of all backends."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedreg.backends.triton.before_loop import input_product, masked_input, masked_weight, summed_bias
+from fusedreg.backends.triton.forward_loop import forward_loop
+from fusedreg.backends.triton.input_norm import input_statistics, normalised
+from fusedreg.backends.triton.layout import ForwardResults, Layer, LoopInputs, loop_inputs, make_layer
+from fusedreg.fakes import forward_fake
+
+
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """``fusedreg::triton_lstm_layer_forward``: the arguments and results of :mod:`fusedreg.schemas`."""
+    results = forward_fake(*arguments)  # empty tensors, here on a real device
+    if results[0].shape[1] == 0:
+        return tuple(value.zero_() for value in results)
+    with launching(results[0].device):
+        layer = make_layer(arguments)
+        wanted = ForwardResults(*(value if value.numel() > 0 else None for value in results))
+        forward_loop(layer, before_loop(layer, wanted), wanted)
+    return results
+
+
+@contextlib.contextmanager
+def launching(device: torch.device) -> Any:
+    """Launch on the tensors' device, and keep a surrounding autocast out of the products."""
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device, torch.autocast(device.type, enabled=False):
+        yield
+
+
+def before_loop(layer: Layer, results: ForwardResults) -> LoopInputs:
+    """Everything that does not wait for the recurrence; writes the results that belong to the input's term."""
+    product = input_product(layer, masked_input(layer))
+    terms = product
+    if results.input_gates is not None:
+        results.input_gates.copy_(product)
+    if layer.flags.norm_input:
+        statistics = input_statistics(layer, product)
+        if results.input_statistics is not None:
+            results.input_statistics.copy_(statistics)
+        terms = normalised(layer, product, statistics, product)
+    return loop_inputs(layer, masked_weight(layer), terms, summed_bias(layer))
