@@ -174,7 +174,7 @@ void gather_previous_hidden(const LayerInputs& in, const int64_t* seed, const vo
   });
 }
 
-int64_t column_sums_scratch(const ColumnSums& sums) {
+size_t column_sums_scratch(const ColumnSums& sums) {
   return pieces_of(sums.in) * 3 * sums.columns * bytes_of(compute_type(sums.in.dtype));
 }
 

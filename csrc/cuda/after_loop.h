@@ -2,6 +2,9 @@
 // sums over all rows and steps. Both are deterministic: no atomics, and an order that only the shapes decide.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 #include "../common/params.h"
 
 namespace fusedreg::cuda {
@@ -36,7 +39,7 @@ struct ColumnSums {
   void* totals[3] = {};  // the same in the compute type
 };
 
-int64_t column_sums_scratch(const ColumnSums& sums);
+size_t column_sums_scratch(const ColumnSums& sums);
 void sum_columns(const ColumnSums& sums, void* scratch, void* stream);
 
 }  // namespace fusedreg::cuda

@@ -365,7 +365,7 @@ void count_rows(const LayerInputs& in, int64_t* counts, void* stream) {
   launch<count_rows_kernel>(element_launch(in.steps + 1, stream), CountParams{in, counts});
 }
 
-int64_t normalize_inputs_scratch(const LayerInputs& in) {
+size_t normalize_inputs_scratch(const LayerInputs& in) {
   if (!in.options.norm_input_sequence) return 0;
   const int64_t width = 4 * in.hidden_size * bytes_of(compute_type(in.dtype));
   // The pieces' moments, and the statistics themselves for those who do not want them as a result.

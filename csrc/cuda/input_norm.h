@@ -4,6 +4,9 @@
 // norm those of each row over its 4H values. semantics: N_r has a gain; layer norm's shift is part of the bias.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 #include "../common/params.h"
 
 namespace fusedreg::cuda {
@@ -20,7 +23,7 @@ struct InputNorm {
 };
 
 // Bytes of scratch that normalize_inputs needs.
-int64_t normalize_inputs_scratch(const LayerInputs& in);
+size_t normalize_inputs_scratch(const LayerInputs& in);
 
 // `normalised`, (T, B, 4H) compute = N_r(r); may be `raw`. Padding of the result is undefined.
 void normalize_inputs(const InputNorm& norm, void* normalised, void* scratch, void* stream);

@@ -1,8 +1,7 @@
 // Scratch memory: one block, given by the caller, dealt out piece by piece. The same code first measures, then takes.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "element_types.h"
 
 namespace fusedreg::cuda {
 
@@ -11,12 +10,13 @@ class Scratch {
   // Null: nothing is dealt out, the size alone is measured.
   explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
 
-  void* take(int64_t bytes) {
+  void* take_bytes(size_t bytes) {
     const size_t at = used_;
-    used_ += (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
+    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
     return memory_ == nullptr ? nullptr : memory_ + at;
   }
-  void* take_if(bool wanted, int64_t bytes) { return wanted ? take(bytes) : nullptr; }
+  void* take(int64_t count, ScalarType type) { return take_bytes(static_cast<size_t>(count) * bytes_of(type)); }
+  void* take_if(bool wanted, int64_t count, ScalarType type) { return wanted ? take(count, type) : nullptr; }
   size_t used() const { return used_; }
 
  private:

@@ -1,0 +1,74 @@
+// The products over all steps at once that both directions make: r = x̄ W_ihᵀ, and in the backward a = h̄ W̃_hhᵀ.
+#pragma once
+
+#include "after_loop.h"
+#include "before_loop.h"
+#include "products.h"
+#include "scratch.h"
+
+namespace fusedreg::cuda {
+
+// What every piece of the driver needs.
+struct Caller {
+  const int64_t* seed;
+  Products& products;
+  void* stream;
+};
+
+// Bytes `elements` on.
+inline void* offset(const void* base, int64_t elements, ScalarType type) {
+  return const_cast<char*>(static_cast<const char*>(base) + elements * static_cast<int64_t>(bytes_of(type)));
+}
+
+// Gate `gate` of a contiguous (rows, 4H).
+inline Matrix gate_columns(const void* gates, ScalarType type, int64_t rows, int64_t hidden_size, int gate) {
+  return Matrix::by_rows(offset(gates, gate * hidden_size, type), type, rows, hidden_size, 4 * hidden_size);
+}
+
+// x̄ as a matrix (T * B, I): the input itself where nothing changes it, else a copy of one gate at a time.
+class MaskedInputs {
+ public:
+  // `padding_counts`: what stands in padding reaches a result, so it must be 0.
+  MaskedInputs(const LayerInputs& in, bool wanted, bool padding_counts, Scratch& scratch);
+  int copies() const { return unties_inputs(in_) ? 4 : 1; }
+  Matrix of_gate(int gate, const Caller& caller);
+
+ private:
+  const LayerInputs& in_;
+  void* copy_;     // null: not needed
+  int held_ = -1;  // the gate that it holds
+};
+
+// h̄ as a matrix (T * B, H): a copy of one gate at a time.
+class PreviousHidden {
+ public:
+  PreviousHidden(const LayerInputs& in, bool wanted, Scratch& scratch);
+  int copies() const { return unties_hidden(in_) ? 4 : 1; }
+  Matrix of_gate(int gate, const void* hidden, const Caller& caller);
+
+ private:
+  const LayerInputs& in_;
+  void* copy_;
+  int held_ = -1;
+};
+
+// to, (T * B, 4H) compute = source weightᵀ, gate by gate where there are four sources. `source_of(gate)` is a Matrix.
+template <class SourceOf>
+void multiply_terms(const LayerInputs& in, const void* weight, int copies, const SourceOf& source_of, void* to,
+                    const Caller& caller) {
+  const int64_t rows = in.steps * in.rows, columns = 4 * in.hidden_size / copies;
+  const ScalarType compute = compute_type(in.dtype);
+  for (int copy = 0; copy < copies; ++copy) {
+    const Matrix source = source_of(copy);
+    const void* part = offset(weight, copy * columns * source.columns, in.dtype);
+    caller.products.multiply(
+        Matrix::by_rows(offset(to, copy * columns, compute), compute, rows, columns, 4 * in.hidden_size), source,
+        Matrix::contiguous(part, in.dtype, columns, source.columns).transposed());
+  }
+}
+
+// Whether W_hh is masked in this call; if so a masked copy is needed, of which this is the number of elements.
+inline bool drops_weight(const LayerInputs& in) { return in.options.training && in.rates.weight_dropout > 0; }
+inline int64_t weight_elements(const LayerInputs& in) { return 4 * in.hidden_size * in.hidden_size; }
+
+}  // namespace fusedreg::cuda
