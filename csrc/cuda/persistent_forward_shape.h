@@ -52,64 +52,68 @@ struct ForwardShape {
   }
 };
 
-// The places of everything, one after another from `base` on; `bytes` of them. All 16-byte aligned.
+// Where something stands in a block's shared memory.
+template <class Value>
+struct Place {
+  uint32_t offset = 0;
+  FUSEDREG_HOST_DEVICE Value* in(char* shared) const { return reinterpret_cast<Value*>(shared + offset); }
+};
+
+// The places of everything, one after another; `bytes` of them. All 16-byte aligned. Made on the host, so that the
+// kernel finds offsets among its parameters and holds no pointers.
 struct ForwardRoom {
-  char* exchange = nullptr;         // cluster: the exchange's buffers
-  char* product = nullptr;          // W's fragments
-  float* partials = nullptr;        // of the product
-  char* staged = nullptr;           // [copy][row][unit] h as published
-  float* hidden = nullptr;          // [row][unit] h, carried
-  float* cell = nullptr;            // [row][unit] c, carried
-  char* outputs = nullptr;          // [row][unit] y of the step, storage
-  float* gates = nullptr;           // [row][gate][unit] input terms, then the activated gates
-  uint16_t* masks = nullptr;        // [row][unit] what is dropped, and what the row does at this step
-  int* lengths = nullptr;           // [row]
-  float* gate_constants = nullptr;  // [bias, N_a's gain][gate][unit]
-  float* cell_constants = nullptr;  // [N_c's gain, shift][unit]
-  float* raw = nullptr;             // [row][gate][unit] a, where there is a norm
-  float* candidates = nullptr;      // [row][unit] where N_c needs all of them before any goes on
-  float* gate_moments = nullptr;    // batch norm: [mean, variance, scale][column]; layer norm: [row][mean, variance]
-  float* cell_moments = nullptr;
-  float* sums = nullptr;  // batch norm: a number a thread, twice; layer norm: the block's two numbers of each row
+  Place<char> exchange;         // cluster: the exchange's buffers
+  Place<char> product;          // W's fragments
+  Place<float> partials;        // of the product
+  Place<char> staged;           // [copy][row][unit] h as published
+  Place<float> hidden;          // [row][unit] h, carried
+  Place<float> cell;            // [row][unit] c, carried
+  Place<char> outputs;          // [row][unit] y of the step, storage
+  Place<float> gates;           // [row][gate][unit] input terms, then the activated gates
+  Place<uint16_t> masks;        // [row][unit] what is dropped, and what the row does at this step
+  Place<int> lengths;           // [row]
+  Place<float> gate_constants;  // [bias, N_a's gain][gate][unit]
+  Place<float> cell_constants;  // [N_c's gain, shift][unit]
+  Place<float> raw;             // [row][gate][unit] a, where there is a norm
+  Place<float> candidates;      // [row][unit] where N_c needs all of them before any goes on
+  Place<float> gate_moments;    // batch norm: [mean, variance, scale][column]; layer norm: [row][mean, variance]
+  Place<float> cell_moments;
+  Place<float> sums;  // batch norm: a number a thread, twice; layer norm: the block's two numbers of each row
   size_t bytes = 0;
 
-  FUSEDREG_HOST_DEVICE ForwardRoom(const ForwardShape& shape, char* base) : base_(base) {
+  explicit ForwardRoom(const ForwardShape& shape) {
     const size_t rows = static_cast<size_t>(shape.rows), units = static_cast<size_t>(shape.units);
     const size_t storage = static_cast<size_t>(shape.storage_bytes), copies = static_cast<size_t>(shape.copies);
     const size_t gate_values = rows * static_cast<size_t>(shape.gate_stride());
     const bool batch = shape.norm == NormKind::Batch;
-    if (shape.clustered) exchange = take<char>(cluster_exchange_bytes(shape.exchange()));
-    product = take<char>(
-        ProductSizes::fragment_bytes(shape.columns(), forward_register_chunks(shape.units), shape.most_chunks()) +
-        ProductSizes::staging_bytes(shape.matrix_instructions, shape.copies));
-    partials = take<float>(ProductSizes::partial_bytes(shape.columns(), shape.rows_per_pass) / sizeof(float));
-    staged = take<char>(copies * rows * units * storage);
-    hidden = take<float>(rows * units);
-    cell = take<float>(rows * units);
-    outputs = take<char>(rows * units * storage);
-    gates = take<float>(gate_values);
-    masks = take<uint16_t>(rows * units);
-    lengths = take<int>(rows);
-    gate_constants = take<float>(8 * units);
-    cell_constants = take<float>(2 * units);
+    if (shape.clustered) take(exchange, cluster_exchange_bytes(shape.exchange()));
+    take(product,
+         ProductSizes::fragment_bytes(shape.columns(), forward_register_chunks(shape.units), shape.most_chunks()) +
+             ProductSizes::staging_bytes(shape.matrix_instructions, shape.copies));
+    take(partials, ProductSizes::partial_bytes(shape.columns(), shape.rows_per_pass) / sizeof(float));
+    take(staged, copies * rows * units * storage);
+    take(hidden, rows * units);
+    take(cell, rows * units);
+    take(outputs, rows * units * storage);
+    take(gates, gate_values);
+    take(masks, rows * units);
+    take(lengths, rows);
+    take(gate_constants, 8 * units);
+    take(cell_constants, 2 * units);
     if (shape.norm == NormKind::None) return;
-    raw = take<float>(gate_values);
-    if (shape.norm_cell) candidates = take<float>(rows * units);
-    gate_moments = take<float>(batch ? 12 * units : 2 * rows);
-    cell_moments = take<float>(batch ? 3 * units : 2 * rows);
-    sums = take<float>(batch ? 2 * kProductThreads : 2 * rows);
+    take(raw, gate_values);
+    if (shape.norm_cell) take(candidates, rows * units);
+    take(gate_moments, batch ? 12 * units : 2 * rows);
+    take(cell_moments, batch ? 3 * units : 2 * rows);
+    take(sums, batch ? 2 * static_cast<size_t>(kProductThreads) : 2 * rows);
   }
 
  private:
   template <class Value>
-  FUSEDREG_HOST_DEVICE Value* take(size_t count) {
-    Value* const taken = reinterpret_cast<Value*>(base_ + bytes);
+  void take(Place<Value>& place, size_t count) {
+    place.offset = static_cast<uint32_t>(bytes);
     bytes += (count * sizeof(Value) + 15) / 16 * 16;
-    return taken;
   }
-  char* base_;
 };
-
-inline size_t forward_shared_bytes(const ForwardShape& shape) { return ForwardRoom(shape, nullptr).bytes; }
 
 }  // namespace fusedreg::cuda

@@ -12,6 +12,8 @@
 #include <string>
 
 #include "../common/params.h"
+#include "persistent_backward_shape.h"
+#include "persistent_forward_shape.h"
 #include "runtime.h"
 
 namespace fusedreg::cuda {
@@ -44,6 +46,10 @@ using LargestCluster = int (*)(const LayerInputs&, const Choice&);
 // not "highest". Throws std::runtime_error("tier: ...") where a tier that is asked for cannot run, with the reason.
 Choice choose(Direction direction, const LayerInputs& in, bool tf32_allowed, const DeviceLimits& limits,
               Tier asked = Tier::Auto, LargestCluster largest_cluster = nullptr);
+
+// How a persistent kernel is cut up by a choice of its direction.
+ForwardShape forward_shape(const LayerInputs& in, const Choice& choice);
+BackwardShape backward_shape(const LayerInputs& in, const Choice& choice);
 
 // Both directions' reasons, a line each, for fusedreg.backends.explain().
 std::string explain_choice(const LayerInputs& in, bool tf32_allowed, const DeviceLimits& limits);
