@@ -68,22 +68,21 @@ constexpr int kTraceValues = 8;
 
 // The places of everything, one after another from `base` on; `bytes` of them. All 16-byte aligned.
 struct BackwardRoom {
-  char* exchange = nullptr;          // cluster: the exchange's buffers
-  char* product = nullptr;           // W's fragments
-  float* partials = nullptr;         // of the product
-  char* staged = nullptr;            // [row][gate][unit] da as published
-  float* hidden = nullptr;           // [row][unit] dh, carried
-  float* cell = nullptr;             // [row][unit] dc, carried
-  uint8_t* sequence_bits = nullptr;  // [row][unit] what is dropped for the whole sequence
-  uint8_t* step_bits = nullptr;      // [row][unit] what is dropped at the next step
-  int* lengths = nullptr;            // [row]
-  float* gate_constants = nullptr;   // [bias, N_a's gain][gate][unit]
-  float* cell_constants = nullptr;   // [N_c's gain, shift][unit]
-  float* gate_moments = nullptr;     // [mean, scale, spread][column or row]
-  float* cell_moments = nullptr;     // [mean, scale, spread][column or row]
-  float* trace = nullptr;            // [value][row][unit]
-  float* sums = nullptr;             // batch norm: room for sums over rows; layer norm: a row's two numbers
-  float* totals = nullptr;           // layer norm: the same, of all blocks
+  char* exchange = nullptr;         // cluster: the exchange's buffers
+  char* product = nullptr;          // W's fragments
+  float* partials = nullptr;        // of the product
+  char* staged = nullptr;           // [row][gate][unit] da as published
+  float* hidden = nullptr;          // [row][unit] dh, carried
+  float* cell = nullptr;            // [row][unit] dc, carried
+  uint16_t* masks = nullptr;        // [row][unit] what is dropped, and what the row does at this step
+  int* lengths = nullptr;           // [row]
+  float* gate_constants = nullptr;  // [bias, N_a's gain][gate][unit]
+  float* cell_constants = nullptr;  // [N_c's gain, shift][unit]
+  float* gate_moments = nullptr;    // [mean, scale, spread][column or row]
+  float* cell_moments = nullptr;    // [mean, scale, spread][column or row]
+  float* trace = nullptr;           // [value][row][unit]
+  float* sums = nullptr;            // batch norm: room for sums over rows; layer norm: a row's two numbers
+  float* totals = nullptr;          // layer norm: the same, of all blocks
   size_t bytes = 0;
 
   FUSEDREG_HOST_DEVICE BackwardRoom(const BackwardShape& shape, char* base) : base_(base) {
@@ -98,8 +97,7 @@ struct BackwardRoom {
     staged = take<char>(rows * 4 * units * static_cast<size_t>(shape.storage_bytes));
     hidden = take<float>(rows * units);
     cell = take<float>(rows * units);
-    sequence_bits = take<uint8_t>(rows * units);
-    step_bits = take<uint8_t>(rows * units);
+    masks = take<uint16_t>(rows * units);
     lengths = take<int>(rows);
     gate_constants = take<float>(8 * units);
     if (shape.norm_cell) cell_constants = take<float>(2 * units);
@@ -117,7 +115,7 @@ struct BackwardRoom {
  private:
   template <class Value>
   FUSEDREG_HOST_DEVICE Value* take(size_t count) {
-    Value* const taken = reinterpret_cast<Value*>(base_ + bytes);
+    Value* const taken = base_ == nullptr ? nullptr : reinterpret_cast<Value*>(base_ + bytes);
     bytes += (count * sizeof(Value) + 15) / 16 * 16;
     return taken;
   }
