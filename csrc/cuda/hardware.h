@@ -139,7 +139,10 @@ FUSEDREG_DEVICE uint64_t timer_nanoseconds() {
 // printf's arguments lie in global memory: on the stack they would give every kernel that can stop a frame of its own.
 // Where several threads stop at once, their integers may mix; each one's cause is as good as the other's.
 static __device__ long long stop_arguments[8];
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 338  // the host's vprintf, of <cstdio>, has the same name
 extern "C" __device__ int vprintf(const char*, void*);
+#pragma nv_diagnostic pop
 
 template <class... Integers>
 [[noreturn]] FUSEDREG_DEVICE void stop(const char* message, Integers... integers) {
@@ -149,7 +152,7 @@ template <class... Integers>
   for (int i = 0; i < 4; ++i) stop_arguments[1 + i] = values[i];
   stop_arguments[5] = blockIdx.x;
   stop_arguments[6] = threadIdx.x;
-  vprintf("fusedreg: %s %lld %lld %lld %lld (block %lld, thread %lld)\n", stop_arguments);
+  vprintf("fusedreg: %s %lld %lld %lld %lld (block %lld, thread %lld)\n", static_cast<void*>(stop_arguments));
   __trap();
   __builtin_unreachable();
 }
