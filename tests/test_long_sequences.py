@@ -38,7 +38,8 @@ def test_two_hundred_thousand_steps(recompute: bool) -> None:
 @pytest.mark.skipif(free_gigabytes() < 12, reason="needs 12 GB of free memory")
 def test_more_elements_than_32_bits_count() -> None:
     """Only the last row lives, so that what it computes stands beyond element 2**31 of every result."""
-    torch.utils.deterministic.fill_uninitialized_memory = False  # 4 GB of NaN take longer than the layer
+    # 4 GB of NaN would take longer than the layer.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(0)
     steps, rows, hidden = 16_500, 128, 1024
     assert steps * rows * hidden > 2**31
