@@ -60,6 +60,14 @@ struct LayerShapes {
   }
 };
 
+// Where the tensors are, and so whether their values can be looked at here. On a device they are not: a read would wait
+// for it, and could not be captured in a graph. Kernels clamp what they read there.
+enum class Place {
+  Cpu,
+  Cuda,
+  Emulated,  // of CUDA, on CPU tensors
+};
+
 class LayerArguments {
  public:
   LayerArguments(const char* operator_name, ArgumentReader& reader, bool with_saved) : name_(operator_name) {
@@ -77,9 +85,10 @@ class LayerArguments {
   }
 
   // Checks everything but the saved tensors. The pointers are valid as long as this object lives.
-  LayerInputs check(bool cpu) {
+  LayerInputs check(Place place) {
+    place_ = place;
     read_options();
-    read_shapes(cpu);
+    read_shapes();
     const int64_t gates = 4 * shapes.hidden_size;
     expect.check_strided("input", input, shapes.storage, "(T, B, I)", shape_of(input));
     expect.check_contiguous("weight_ih", weight_ih_, shapes.storage, "(4H, I)", {gates, shapes.input_size});
@@ -120,6 +129,12 @@ class LayerArguments {
 
   const char* name() const { return name_; }
 
+  // On a device: the seed's place, or null where nothing is drawn; rows of the running statistics that kernels clamp
+  // their indices to, of the input terms and of the others.
+  const int64_t* seed_pointer() const { return draws() ? static_cast<const int64_t*>(pointer(*seed_)) : nullptr; }
+  int64_t running_input_rows() const { return running_rows_[0]; }
+  int64_t running_rows() const { return std::min(running_rows_[1], running_rows_[2]); }
+
   Tensor input;
   Options options;
   Rates rates;
@@ -127,6 +142,8 @@ class LayerArguments {
   Expectation expect{};
 
  private:
+  static constexpr int64_t kNoRows = int64_t{1} << 40;  // where nothing is read
+
   void read_options() {
     if (rates_.size() != kNumberOfRates || options_.size() != kNumberOfOptions) {
       fail(name_, ": expected ", kNumberOfRates, " rates and ", kNumberOfOptions, " options, got ", rates_.size(),
@@ -164,8 +181,8 @@ class LayerArguments {
     options.save = static_cast<Save>(limit(13, 3));
   }
 
-  void read_shapes(bool cpu) {
-    expect = {name_, cpu, input.get_device_index()};
+  void read_shapes() {
+    expect = {name_, place_ != Place::Cuda, input.get_device_index()};
     const Shape input_shape = shape_of(input);
     if (input_shape.size() != 3 || input_shape[0] == 0) {
       fail(name_, ": input: expected shape (T, B, I) with T >= 1, got ", text(input_shape));
@@ -210,8 +227,8 @@ class LayerArguments {
     }
   }
 
-  // An index is read from a tensor and used as a row number, so it is checked against the rows that there are.
-  // Without an index every step reads mean 0 and variance 1.
+  // An index is read from a tensor and used as a row number: on the host it is checked against the rows that there are,
+  // on a device kernels clamp it to them. Without an index every step reads mean 0 and variance 1.
   void check_running_statistics() {
     const int64_t input_end = check_index("running_input_index", running_input_index_);
     const int64_t end = check_index("running_index", running_index_);
@@ -219,11 +236,13 @@ class LayerArguments {
       if (!site(index)) continue;
       NormTensors& norm = norms_[index];
       const int64_t rows_read = index == 0 ? input_end : end;
+      const bool expected =
+          rows_read > 0 || (place_ != Place::Cpu && norm.running_mean.has_value() != norm.running_var.has_value());
       for (const bool mean : {true, false}) {
         OptionalTensor& tensor = mean ? norm.running_mean : norm.running_var;
         const std::string tensor_name = norm_name("running_", index, mean ? "_mean" : "_var");
         if (!tensor) {
-          if (rows_read > 0) fail(name_, ": ", tensor_name, ": expected a tensor, since an index reads it, got None");
+          if (expected) fail(name_, ": ", tensor_name, ": expected a tensor, since an index reads it, got None");
           continue;
         }
         const Shape shape = shape_of(*tensor);
@@ -233,12 +252,17 @@ class LayerArguments {
         if (rows_read > rows) {
           fail(name_, ": ", tensor_name, ": expected at least ", rows_read, " rows, which an index reads, got ", rows);
         }
+        running_rows_[index] = std::min(running_rows_[index], rows);
       }
     }
   }
 
-  // One past the largest row that the index reads; makes the index of an absent one.
+  // One past the largest row that the index reads, as far as that is known here; makes the index of an absent one.
   int64_t check_index(const char* index_name, OptionalTensor& index) {
+    if (place_ != Place::Cpu) {
+      expect.check_contiguous(index_name, index, ScalarType::Long, "(T,)", {shapes.steps});
+      return 0;
+    }
     if (!index) {
       index = empty(input, {shapes.steps}, ScalarType::Long);
       std::fill_n(static_cast<int64_t*>(index->mutable_data_ptr()), shapes.steps, int64_t{-1});
@@ -301,20 +325,24 @@ class LayerArguments {
     return in;
   }
 
-  // On the host: the kernels of this backend run there.
+  bool draws() const {
+    return options.training && std::any_of(rates_.begin(), rates_.end(), [](double rate) { return rate > 0.0; });
+  }
+
+  // The value on the host; on a device it is read by the kernels, from where seed_pointer() says.
   uint64_t seed() const {
-    const bool draws =
-        options.training && std::any_of(rates_.begin(), rates_.end(), [](double rate) { return rate > 0.0; });
-    if (!draws) return 0;
+    if (!draws()) return 0;
     if (!seed_) fail(name_, ": seed: expected a 0-dimensional int64 tensor, since a rate is active, got None");
     expect.check("seed", *seed_, ScalarType::Long, "()", {});
-    return static_cast<uint64_t>(*static_cast<const int64_t*>(pointer(*seed_)));
+    return place_ == Place::Cpu ? static_cast<uint64_t>(*static_cast<const int64_t*>(pointer(*seed_))) : 0;
   }
 
   const char* name_;
+  Place place_ = Place::Cpu;
   Tensor weight_ih_, weight_hh_;
   OptionalTensor bias_ih_, bias_hh_, initial_hidden_, initial_cell_, lengths_, reset_, seed_;
   NormTensors norms_[3];
+  int64_t running_rows_[3] = {kNoRows, kNoRows, kNoRows};  // the fewest of each site's
   OptionalTensor running_index_, running_input_index_;
   std::optional<SavedTensors> saved_;  // an empty Tensor costs an allocation, so the forward has none
   std::vector<double> rates_;

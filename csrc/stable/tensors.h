@@ -105,6 +105,7 @@ inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
     case ScalarType::Half: dtype = aoti_torch_dtype_float16(); break;
     case ScalarType::Long: dtype = aoti_torch_dtype_int64(); break;
     case ScalarType::Short: dtype = aoti_torch_dtype_int16(); break;
+    case ScalarType::Byte: dtype = aoti_torch_dtype_uint8(); break;
     default: fail("fusedreg: no result has dtype ", text(type));
   }
   AtenTensorHandle handle = nullptr;

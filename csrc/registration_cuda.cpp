@@ -1,0 +1,178 @@
+// The operators' CUDA implementations over LibTorch's stable ABI; the schemas are csrc/registration.cpp's.
+//
+// Compiled with FUSEDREG_CUDA_EMULATION, the same for tensors on the CPU, in a library of its own (fusedreg_emulated):
+// the kernels then run on an emulated device, so that they are tested where no GPU is.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "cuda/layer.h"
+#include "cuda/persistent_backward.h"
+#include "cuda/persistent_forward.h"
+#include "stable/float32_precision.h"
+#include "stable/layer_calls.h"
+#include "stable/library_products.h"
+#include "stable/schemas.h"
+#if defined(FUSEDREG_CUDA_EMULATION)
+#include "cuda/emulation/machine.h"
+#endif
+
+namespace fusedreg {
+namespace {
+
+using stable::Place;
+using stable::ScalarType;
+using stable::Tensor;
+
+#if defined(FUSEDREG_CUDA_EMULATION)
+constexpr Place kPlace = Place::Emulated;
+
+struct CurrentDevice {
+  explicit CurrentDevice(const Tensor& /*tensor*/) {}
+  void* stream = nullptr;
+};
+#else
+constexpr Place kPlace = Place::Cuda;
+
+// The tensor's device becomes the current one while this lives; `stream` is the caller's there.
+struct CurrentDevice {
+  explicit CurrentDevice(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) != 0) {
+      stable::fail("fusedreg: torch gave no current stream of CUDA device ", tensor.get_device_index());
+    }
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+};
+#endif
+
+// For tests: the tier that every call must use.
+std::atomic<cuda::Tier> asked_tier{cuda::Tier::Auto};
+
+cuda::Choice choose(cuda::Direction direction, const LayerInputs& in) {
+  const bool forward = direction == cuda::Direction::Forward;
+  return cuda::choose(direction, in, stable::allows_tf32(), cuda::device_limits(), asked_tier.load(),
+                      forward ? &cuda::persistent_forward_largest_cluster : &cuda::persistent_backward_largest_cluster);
+}
+
+cuda::DeviceArguments device_arguments(const stable::LayerArguments& layer) {
+  return {layer.seed_pointer(), layer.running_rows(), layer.running_input_rows()};
+}
+
+// One block from torch's caching allocator: used on the caller's stream alone, so it may be given back at the end of
+// the call, whatever of it is still to run.
+Tensor allocate_scratch(const Tensor& like, size_t bytes) {
+  return stable::empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+
+void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  stable::ForwardCall call(stack, kPlace);
+  const CurrentDevice device(call.layer.input);
+  if (call.layer.shapes.rows == 0) {
+    call.results.zero();
+  } else {
+    const cuda::Choice choice = choose(cuda::Direction::Forward, call.params.in);
+    Tensor scratch = allocate_scratch(call.layer.input, cuda::lstm_layer_forward_scratch(call.params, choice));
+    stable::LibraryProducts products(call.layer.input);
+    cuda::lstm_layer_forward(call.params, device_arguments(call.layer), choice, scratch.mutable_data_ptr(), products,
+                             device.stream);
+  }
+  call.results.give(stack);
+}
+
+void backward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  stable::BackwardCall call(stack, kPlace);
+  const CurrentDevice device(call.layer.input);
+  if (call.layer.shapes.rows == 0) {
+    call.results.zero();
+  } else {
+    const cuda::Choice choice = choose(cuda::Direction::Backward, call.params.in);
+    Tensor scratch = allocate_scratch(call.layer.input, cuda::lstm_layer_backward_scratch(call.params, choice));
+    stable::LibraryProducts products(call.layer.input);
+    cuda::lstm_layer_backward(call.params, call.second_grad_bias, device_arguments(call.layer), choice,
+                              scratch.mutable_data_ptr(), products, device.stream);
+  }
+  call.results.give(stack);
+}
+
+// "auto", "cluster", "grid" or "step"; false for anything else.
+void set_tier(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  const auto name = torch::stable::detail::to<std::string>(stack[0]);
+  cuda::Tier tier = cuda::Tier::Auto;
+  const bool known = cuda::parse_tier(name, tier);
+  if (known) asked_tier.store(tier);
+  stack[0] = torch::stable::detail::from(known);
+}
+
+#if defined(FUSEDREG_CUDA_EMULATION)
+
+void set_device(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  const auto numbers = torch::stable::detail::to<std::vector<int64_t>>(stack[0]);
+  if (numbers.size() != 4) {
+    stable::fail("fusedreg_emulated::_set_device: expected multiprocessors, shared bytes a block, and the compute ",
+                 "capability's two numbers, got ", numbers.size(), " numbers");
+  }
+  const auto number = [&](int index) { return static_cast<int>(numbers[index]); };
+  cuda::emulation::set_limits({number(0), number(1), number(2), number(3)});
+}
+
+void set_schedule(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  cuda::emulation::set_schedule(static_cast<uint64_t>(torch::stable::detail::to<int64_t>(stack[0])));
+}
+
+#else
+
+// The version that this file was built from, for fusedreg/backends/cuda.py to compare with the Python files'.
+void cuda_version(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  stack[0] = torch::stable::detail::from(std::string(FUSEDREG_VERSION));
+}
+
+#endif
+
+}  // namespace
+}  // namespace fusedreg
+
+#if defined(FUSEDREG_CUDA_EMULATION)
+
+STABLE_TORCH_LIBRARY(fusedreg_emulated, library) {
+  library.def(fusedreg::stable::kForwardSchema);
+  library.def(fusedreg::stable::kBackwardSchema);
+  library.def("_set_tier(str name) -> bool");
+  library.def("_set_device(int[] limits) -> ()");
+  library.def("_set_schedule(int seed) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedreg_emulated, CPU, library) {
+  library.impl("lstm_layer_forward", &fusedreg::forward);
+  library.impl("lstm_layer_backward", &fusedreg::backward);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedreg_emulated, CompositeExplicitAutograd, library) {
+  library.impl("_set_tier", &fusedreg::set_tier);
+  library.impl("_set_device", &fusedreg::set_device);
+  library.impl("_set_schedule", &fusedreg::set_schedule);
+}
+
+#else
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fusedreg, library) {
+  library.def("_set_cuda_tier(str name) -> bool");
+  library.def("_cuda_version() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedreg, CUDA, library) {
+  library.impl("lstm_layer_forward", &fusedreg::forward);
+  library.impl("lstm_layer_backward", &fusedreg::backward);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedreg, CompositeExplicitAutograd, library) {
+  library.impl("_set_cuda_tier", &fusedreg::set_tier);
+  library.impl("_cuda_version", &fusedreg::cuda_version);
+}
+
+#endif
