@@ -1,0 +1,139 @@
+"""What the steps of the backward loop have in common: a tile of cells on its way back, up to the edge of ``N_c``."""
+
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedreg.backends.triton.backward_norm import pre_activation
+from fusedreg.backends.triton.backward_product import keys
+from fusedreg.backends.triton.jit_cell import candidate_cell, leave_cell, sigmoid, tanh, through_zone
+from fusedreg.backends.triton.jit_storage import kept_activation, narrow
+from fusedreg.backends.triton.jit_tile import row_order, row_resets, tile_masks
+
+
+@triton.jit
+def gate_value(gate: tl.constexpr, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates,
+               LAYER: tl.constexpr, ACTIVATED: tl.constexpr):  # fmt: skip
+    """One gate after its activation, as the forward kept it or rebuilt."""
+    if ACTIVATED:
+        HIDDEN: tl.constexpr = LAYER.hidden_size
+        at = (position.to(tl.int64) * sizes.rows + rows)[:, None] * (4 * HIDDEN) + gate * HIDDEN + units[None, :]
+        kept = tl.load(saved.gates + at, mask=here, other=0)
+        value = kept_activation(kept, gate == 2, LAYER.fixed_gates)
+    else:
+        z = pre_activation(gate, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER)
+        value = tanh(z) if gate == 2 else sigmoid(z)
+    return value
+
+
+@triton.jit
+def step_tile(s, rows, units, loop, sizes, LAYER: tl.constexpr):
+    """What every pass over a tile starts from: which rows are valid, where they stand, which begin from zero."""
+    valid, position = row_order(s, rows, loop.lengths, sizes, LAYER.reverse)
+    resets = row_resets(rows, valid, position, loop.reset, sizes)
+    here = valid[:, None] & (units[None, :] < LAYER.hidden_size)
+    return valid, position, resets, here
+
+
+@triton.jit
+def previous_cells(s, rows, units, position, resets, here, loop, saved, sizes, LAYER: tl.constexpr):
+    """``c_{s-1}``, 0 through a reset and in padding."""
+    HIDDEN: tl.constexpr = LAYER.hidden_size
+    carried = here & (resets == 0)[:, None]
+    before = position + 1 if LAYER.reverse else position - 1
+    at = (before.to(tl.int64) * sizes.rows + rows)[:, None] * HIDDEN + units[None, :]
+    cell = tl.load(saved.cells + at, mask=carried & (s > 0), other=0.0)
+    if loop.initial_cell is not None:
+        at = rows[:, None] * HIDDEN + units[None, :]
+        cell += tl.load(loop.initial_cell + at, mask=carried & (s == 0), other=0.0)
+    return cell
+
+
+@triton.jit
+def incoming(s, rows, units, position, here, grad_hidden, zone_hidden, zone_cell, output_mask, grads, sizes,
+             LAYER: tl.constexpr):  # fmt: skip
+    """From ``dh``, ``dc`` and what reaches ``y`` and ``c`` at this step, through zoneout.
+
+    Returns the previous ``h``'s share, the gradient of ``h_candidate``, the previous ``c``'s share, the gradient of
+    the candidate cell but for what comes through ``h_candidate``, and ``dc`` as it came.
+    """
+    HIDDEN: tl.constexpr = LAYER.hidden_size
+    at = (position.to(tl.int64) * sizes.rows + rows)[:, None] * HIDDEN + units[None, :]
+    slot = ((s + 1) % 2).to(tl.int64) * sizes.rows * HIDDEN
+    present = (rows[:, None] < sizes.rows) & (units[None, :] < HIDDEN)
+    carried_cell = tl.load(grads.cell + slot + rows[:, None] * HIDDEN + units[None, :], mask=present, other=0.0)
+    grad_cell = carried_cell
+    if grads.cells is not None:
+        grad_cell += tl.load(grads.cells + at, mask=here, other=0.0)
+    of_output = grad_hidden * 0.0
+    if grads.output is not None:
+        of_output = tl.load(grads.output + at, mask=here, other=0.0).to(tl.float32) * output_mask
+    if LAYER.candidate_output:
+        direct, grad_candidate = through_zone(zone_hidden, grad_hidden)
+        grad_candidate += of_output
+    else:
+        direct, grad_candidate = through_zone(zone_hidden, grad_hidden + of_output)
+    previous_cell, candidate_cell = through_zone(zone_cell, grad_cell)
+    return direct, grad_candidate, previous_cell, candidate_cell, carried_cell
+
+
+@triton.jit
+def pass_on(s, rows, units, valid, resets, grad_hidden, direct, carried_cell, grad_cell, grads, sizes,
+            LAYER: tl.constexpr):  # fmt: skip
+    """Leave ``direct`` and ``dc`` for the step before: unchanged past a row's length, nothing through a reset."""
+    HIDDEN: tl.constexpr = LAYER.hidden_size
+    present = (rows[:, None] < sizes.rows) & (units[None, :] < HIDDEN)
+    stops, takes_part = (resets != 0)[:, None], valid[:, None]
+    at = (s % 2).to(tl.int64) * sizes.rows * HIDDEN + rows[:, None] * HIDDEN + units[None, :]
+    hidden = tl.where(takes_part, tl.where(stops, 0.0, direct), grad_hidden)
+    cell = tl.where(takes_part, tl.where(stops, 0.0, grad_cell), carried_cell)
+    tl.store(grads.direct + at, hidden, mask=present)
+    tl.store(grads.cell + at, cell, mask=present)
+
+
+@triton.jit
+def store_gates(target, rows, units, position, dz, here, sizes, LAYER: tl.constexpr):
+    """``dz`` (or ``da``) of the four gates at each row's position, 0 in padding."""
+    HIDDEN: tl.constexpr = LAYER.hidden_size
+    present = (rows[:, None] < sizes.rows) & (units[None, :] < HIDDEN)
+    at = (position.to(tl.int64) * sizes.rows + rows)[:, None] * (4 * HIDDEN) + units[None, :]
+    for gate in tl.static_range(4):
+        value = narrow(tl.where(here, dz[gate], 0.0), target.dtype.element_ty)
+        tl.store(target + at + gate * HIDDEN, value, mask=present)
+
+
+@triton.jit
+def enter_tile(s, rows, units, grad_hidden, of_batch, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
+               ACTIVATED: tl.constexpr):  # fmt: skip
+    """A tile from ``dh`` and ``dc`` to the edge of ``N_c``.
+
+    Returns three tuples: where its rows are (``valid, position, resets, here``); the cell (``i, f, g, o``, ``c_{s-1}``,
+    update mask, cell mask, candidate); the gradients (``direct``, of ``h_candidate``, of ``c_{s-1}`` by zoneout, of the
+    candidate cell, ``dc`` as it came).
+    """
+    valid, position, resets, here = step_tile(s, rows, units, loop, sizes, LAYER)
+    key0, key1 = keys(loop)
+    zone_hidden, zone_cell, update, cell_mask, output_mask = tile_masks(rows, units, position, key0, key1, rates, LAYER)
+    gradients = incoming(
+        s, rows, units, position, here, grad_hidden, zone_hidden, zone_cell, output_mask, grads, sizes, LAYER
+    )
+    i = gate_value(0, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, ACTIVATED)
+    f = gate_value(1, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, ACTIVATED)
+    g = gate_value(2, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, ACTIVATED)
+    o = gate_value(3, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, ACTIVATED)
+    previous = previous_cells(s, rows, units, position, resets, here, loop, saved, sizes, LAYER)
+    candidate = candidate_cell(i, f, g, previous, update, cell_mask)
+    return (valid, position, resets, here), (i, f, g, o, previous, update, cell_mask, candidate), gradients
+
+
+@triton.jit
+def leave_tile(cell, grad_candidate, grad_o):
+    """From the candidate cell's gradient, and ``o``'s, to ``dz`` of the four gates and ``c_{s-1}``'s share by ``f``."""
+    i, f, g, o, previous, update, cell_mask, _ = cell
+    dz_i, dz_f, dz_g, dz_o, through_forget = leave_cell(
+        i, f, g, o, previous, update, cell_mask, grad_candidate, grad_o
+    )
+    return (dz_i, dz_f, dz_g, dz_o), through_forget

@@ -1,0 +1,90 @@
+"""Which kernels a backward loop gets, and with tiles of which size: a small table, and no tuning at run time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from fusedreg.backends.triton.configurations import multiprocessors, power_of_two, product_precision
+from fusedreg.backends.triton.layout import Layer
+from fusedreg.encoding import NORM_BATCH, NORM_NONE
+
+
+class BackwardBlock(NamedTuple):
+    """Sizes of a kernel's tiles, powers of two, and how it runs; compiled in.
+
+    A product takes ``rows`` by ``columns`` of ``da`` and ``columns`` by ``units`` of ``W_hh``. ``wide`` holds a whole
+    row's units. ``norm`` is the norm that acts inside the loop, ``activated`` whether the gates were kept after their
+    activations, ``precision`` Triton's ``input_precision``.
+    """
+
+    rows: int
+    units: int
+    columns: int
+    wide: int
+    norm: int
+    activated: int
+    persistent: int
+    precision: str
+
+
+class BackwardConfiguration(NamedTuple):
+    """A kernel's tiles and its launch: how many tiles there are, and how many programs share them out."""
+
+    block: BackwardBlock
+    unit_tiles: int
+    row_tiles: int
+    programs: int
+    launch: dict[str, Any]
+    rows_launch: dict[str, Any]
+
+
+def backward_configuration(
+    layer: Layer, *, activated: bool, persistent: bool | None = None
+) -> BackwardConfiguration:
+    """The kernel and the tiles of a backward loop.
+
+    Args:
+        layer: the call.
+        activated: whether the saved gates went through their activations.
+        persistent: force one of the two kinds, for tests. ``None``: persistent where a program has one tile, and all
+            programs fit on the device at once.
+    """
+    flags, rows, hidden_size = layer.flags, layer.sizes.rows, layer.flags.hidden_size
+    dtype, device = layer.tensors.weight_hh.dtype, layer.tensors.weight_hh.device
+    norm = flags.norm if flags.norm_recurrent or flags.norm_cell else NORM_NONE
+    present = multiprocessors(device)
+    tile_rows, tile_units = _tiles(rows, hidden_size, present, norm)
+    unit_tiles, row_tiles = -(-hidden_size // tile_units), -(-rows // tile_rows)
+    tiles = unit_tiles if norm == NORM_BATCH else unit_tiles * row_tiles
+    if persistent is None:
+        persistent = tiles <= present and device.type != "cpu"
+    wide = max(16, power_of_two(hidden_size))
+    block = BackwardBlock(
+        rows=tile_rows,
+        units=tile_units,
+        columns=min(128 // dtype.itemsize, max(16, power_of_two(hidden_size))),
+        wide=wide,
+        norm=norm,
+        activated=int(activated),
+        persistent=int(persistent),
+        precision=product_precision(dtype),
+    )
+    return BackwardConfiguration(
+        block,
+        unit_tiles,
+        row_tiles,
+        programs=min(tiles, present),
+        launch={"num_warps": 4, "num_stages": 3},
+        rows_launch={"num_warps": min(16, max(1, wide // 128))},
+    )
+
+
+def _tiles(rows: int, hidden_size: int, present: int, norm: int) -> tuple[int, int]:
+    """Rows and units of a tile: the largest with which every multiprocessor has one, or the smallest there are."""
+    most_rows = min(64, max(16, power_of_two(rows)))
+    choices = [(most_rows, 32), (most_rows, 16), (max(16, most_rows // 2), 16), (16, 16)]
+    for tile_rows, units in choices:
+        tiles = -(-hidden_size // units) * (1 if norm == NORM_BATCH else -(-rows // tile_rows))
+        if tiles * 2 >= present:
+            return tile_rows, units
+    return choices[-1]

@@ -1,0 +1,75 @@
+"""The whole backward loop in one kernel, whose programs run all at once and wait for each other after each step."""
+
+# mypy: allow-untyped-decorators
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedreg.backends.triton.backward_step import rows_stage, units_stage
+from fusedreg.backends.triton.jit_grid import arrive, wait_for
+from fusedreg.backends.triton.jit_tile import NORM_BATCH, NORM_LAYER
+
+if TYPE_CHECKING:
+    from fusedreg.backends.triton.backward_configuration import BackwardConfiguration
+    from fusedreg.backends.triton.backward_loop import BackwardTensors
+    from fusedreg.backends.triton.layout import LayerFlags, Numbers
+
+
+@triton.jit(do_not_specialize=["numbers", "last_step"])
+def persistent_kernel(  # type: ignore[no-untyped-def]
+    tensors, numbers, arrivals, last_step, LAYER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Every step from the last one down to ``last_step``, 0 or -1. A program takes every so-manyth tile.
+
+    What a step writes for others, ``da`` and with layer norm ``dh``, stands before anybody reads it: a barrier of the
+    grid follows each stage that does. Nothing that is still being read is overwritten: ``da`` has a place of its own
+    at every step, and what is carried belongs to the tile, or to the row, and so to one program at every step; only
+    ``dh`` goes from tiles to rows, with a barrier before and after.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    rows = numbers.sizes.rows
+    unit_tiles: tl.constexpr = (LAYER.hidden_size + BLOCK.units - 1) // BLOCK.units
+    row_tiles = (rows + BLOCK.rows - 1) // BLOCK.rows
+    if BLOCK.norm == NORM_BATCH:
+        row_tiles = rows * 0 + 1
+    target = programs * 0
+    for back in range(0, numbers.sizes.steps - last_step):
+        s = numbers.sizes.steps - 1 - back
+        for tile in range(program, unit_tiles * row_tiles, programs):
+            units_stage(s, tile % unit_tiles, tile // unit_tiles, tensors, numbers, LAYER, BLOCK)
+        target += programs
+        arrive(arrivals)
+        wait_for(arrivals, target)
+        if BLOCK.norm == NORM_LAYER:
+            if s >= 0:
+                for row in range(program, rows, programs):
+                    rows_stage(s, row, tensors, numbers, LAYER, BLOCK)
+                target += programs
+                arrive(arrivals)
+                wait_for(arrivals, target)
+
+
+def launch_persistent(
+    tensors: BackwardTensors,
+    numbers: Numbers,
+    flags: LayerFlags,
+    configuration: BackwardConfiguration,
+    to_initial_hidden: bool,
+) -> None:
+    """Launch it so that all programs run at once, or not at all."""
+    arrivals = torch.zeros(1, dtype=torch.int32, device=tensors.grads.direct.device)
+    persistent_kernel[(configuration.programs,)](
+        tensors,
+        numbers,
+        arrivals,
+        -1 if to_initial_hidden else 0,
+        flags,
+        configuration.block,
+        launch_cooperative_grid=True,
+        **configuration.launch,
+    )

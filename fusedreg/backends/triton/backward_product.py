@@ -1,0 +1,85 @@
+"""``dh`` of a step from ``da`` of the step after: the product of the backward loop, by tiles of rows and units."""
+
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedreg.backends.triton.jit_masks import SEQUENCE, UNTIED_HIDDEN, family_words, is_below, load_key
+from fusedreg.backends.triton.jit_storage import dot
+from fusedreg.backends.triton.jit_tile import TIED, UNTIED, row_order, row_resets
+
+
+@triton.jit
+def keys(loop):
+    """The masks' key, or zeros where nothing is drawn."""
+    if loop.seed is None:
+        key0 = tl.full((), 0, tl.uint32)
+        key1 = key0
+    else:
+        key0, key1 = load_key(loop.seed)
+    return key0, key1
+
+
+@triton.jit
+def product_of_gate(total, sources, passing, units, gate_offset, weight, grad_recurrent, DEPTH: tl.constexpr,
+                    HIDDEN: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """``total + da W`` over ``DEPTH`` columns of ``da`` from ``gate_offset`` on; ``sources`` are the rows of ``da``."""
+    inside = units[None, :] < HIDDEN
+    for first in range(0, DEPTH, K):
+        columns = first + tl.arange(0, K)
+        a = tl.load(
+            grad_recurrent + sources[:, None] + gate_offset + columns[None, :],
+            mask=passing[:, None] & (columns[None, :] < DEPTH),
+            other=0.0,
+        )
+        b = tl.load(
+            weight + (gate_offset + columns[:, None]) * HIDDEN + units[None, :],
+            mask=(columns[:, None] < DEPTH) & inside,
+            other=0.0,
+        )
+        total = dot(a, b, total, PRECISION)
+    return total
+
+
+@triton.jit
+def hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER: tl.constexpr, K: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
+    """``dh`` of a tile at the end of step ``s``, from ``da`` and ``direct`` of step ``s + 1``; ``s`` may be -1."""
+    HIDDEN: tl.constexpr = LAYER.hidden_size
+    here = (rows[:, None] < sizes.rows) & (units[None, :] < HIDDEN)
+    at = ((s + 1) % 2).to(tl.int64) * sizes.rows * HIDDEN + rows[:, None] * HIDDEN + units[None, :]
+    direct = tl.load(grads.direct + at, mask=here, other=0.0)
+    if s + 1 < sizes.steps:
+        valid, position = row_order(s + 1, rows, loop.lengths, sizes, LAYER.reverse)
+        passing = valid & (row_resets(rows, valid, position, loop.reset, sizes) == 0)
+        sources = (position.to(tl.int64) * sizes.rows + rows) * (4 * HIDDEN)
+        total = tl.zeros([rows.shape[0], units.shape[0]], tl.float32)
+        if LAYER.hidden_dropout == UNTIED:
+            key0, key1 = keys(loop)
+            words = family_words(units[None, :], rows[:, None], UNTIED_HIDDEN, rates.stream, key0, key1)
+            blank = total
+            for gate in tl.static_range(4):
+                part = product_of_gate(blank, sources, passing, units, gate * HIDDEN, loop.weight_hh,
+                                       grads.grad_recurrent, HIDDEN, HIDDEN, K, PRECISION)  # fmt: skip
+                total += tl.where(is_below(words[gate], rates.hidden_threshold), 0.0, part)
+        else:
+            total = product_of_gate(total, sources, passing, units, 0, loop.weight_hh, grads.grad_recurrent,
+                                    4 * HIDDEN, HIDDEN, K, PRECISION)  # fmt: skip
+            if LAYER.hidden_dropout == TIED:
+                key0, key1 = keys(loop)
+                words = family_words(units[None, :], rows[:, None], SEQUENCE, rates.stream, key0, key1)
+                total = tl.where(is_below(words[0], rates.hidden_threshold), 0.0, total)
+        direct += total * rates.recurrent_scale
+    return direct
+
+
+@triton.jit
+def keep_hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER: tl.constexpr, K: tl.constexpr,
+                         PRECISION: tl.constexpr):  # fmt: skip
+    """``dh`` of a tile, left in ``grads.hidden`` for a later pass or as the initial state's gradient."""
+    grad = hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, K, PRECISION)
+    present = (rows[:, None] < sizes.rows) & (units[None, :] < LAYER.hidden_size)
+    tl.store(grads.hidden + rows[:, None] * LAYER.hidden_size + units[None, :], grad, mask=present)
