@@ -19,6 +19,8 @@ from benchmarks.variants import (
     Inputs,
     Runnable,
     Unavailable,
+    chosen_backend,
+    forced_tier,
     fusedreg_keywords,
     make_inputs,
     make_runnable,
@@ -112,8 +114,8 @@ def check_layer(
             run_layer,
         )
 
-        reference, ours = implementation("reference"), implementation(backend or torch.device(device).type)
-    except (ImportError, ValueError) as error:
+        reference, ours = implementation("reference"), implementation(chosen_backend(variant, backend, device))
+    except (ImportError, ValueError, RuntimeError) as error:
         raise Unavailable(f"cannot be checked: {error}") from error
     rows = max(case.batch_size, BATCH_NORM_ROWS) if variant.norm == "batch" else case.batch_size
     short = replace(
@@ -150,7 +152,8 @@ def check_layer(
     for order in (nullcontext, PermutedSums):
         with order():
             orders.append([run_layer(reference, layer, each) for each in arguments])
-    runs = [run_layer(ours, layer, each) for each in arguments]
+    with forced_tier(variant.tier):
+        runs = [run_layer(ours, layer, each) for each in arguments]
     report, faults = compare(runs, exact, eager_errors(orders, exact), dtype)
     over = [
         f"{name} {one.error:.1e}, allowed {one.budget:.1e}"

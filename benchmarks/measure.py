@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from benchmarks import memory
+from benchmarks.ceilings import precision
 from benchmarks.checks import Check, check, check_finite
 from benchmarks.machine import fma_rate
-from benchmarks.registry import Case, Comparison, Mode, Preset, Variant
+from benchmarks.presets import Comparison, Preset
+from benchmarks.registry import TRITON_PLAIN, Case, Mode, Variant
 from benchmarks.timing import Contestant, prepare, spread, time_pair
 from benchmarks.variants import Runnable, Unavailable, make_inputs, make_runnable
 
@@ -160,7 +162,8 @@ def _work(runnable: Runnable, mode: Mode) -> Callable[[], None]:
 def measure_memory(case: Case, preset: Preset, dtype: torch.dtype, report: Report) -> dict[str, Any]:
     """Peak and saved bytes of the variants in :data:`benchmarks.memory.MEASURED` that can be built."""
     found: dict[str, Any] = {}
-    for variant in memory.MEASURED:
+    cuda = torch.device(preset.device).type == "cuda"
+    for variant in (*memory.MEASURED, TRITON_PLAIN) if cuda else memory.MEASURED:
         report(f"memory of {variant.name}")
         try:
             result = memory.measure(variant, case, preset.device, dtype, preset.backend)
@@ -175,8 +178,11 @@ def measure_memory(case: Case, preset: Preset, dtype: torch.dtype, report: Repor
 
 def measure_case(case: Case, preset: Preset, dtype_name: str, report: Report) -> dict[str, Any]:
     """One case in one dtype, as it stands in the results file. ``report`` is told what is being done."""
-    dtype = getattr(torch, dtype_name)
-    case = case.sized(preset.size)
+    with precision(dtype_name) as dtype:
+        return _measure_case(case.sized(preset.size), preset, dtype_name, dtype, report)
+
+
+def _measure_case(case: Case, preset: Preset, dtype_name: str, dtype: torch.dtype, report: Report) -> dict[str, Any]:
     measurement = CaseMeasurement(case, preset, dtype, report)
     rows = [measurement.row(samples) for samples in measurement.time()]
     record: dict[str, Any] = {
@@ -199,6 +205,8 @@ def measure_case(case: Case, preset: Preset, dtype_name: str, report: Report) ->
     }
     spent = dict(measurement.seconds)
     del measurement
+    if torch.device(preset.device).type == "cuda":
+        torch.cuda.empty_cache()
     begin = time.perf_counter()
     record["memory"] = measure_memory(case, preset, dtype, report) if preset.memory else {}
     spent["memory"] = time.perf_counter() - begin

@@ -1,6 +1,6 @@
-"""What is measured, as data: the cases with their sources, the variants, the comparisons and the presets.
+"""What is measured, as data: the cases with their sources, and the variants.
 
-Nothing in this file runs anything. :mod:`benchmarks.run` reads it; the tests check it.
+Nothing in this file runs anything. :mod:`benchmarks.presets` makes comparisons of them; the tests check them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Implementation = Literal["torch", "eager", "compiled", "fusedreg"]
+Implementation = Literal["torch", "eager", "compiled", "fusedreg", "torchrl"]
 Norm = Literal["batch", "layer"]
 Mode = Literal["inference", "training"]
 Size = Literal["full", "short", "tiny"]
@@ -181,13 +181,18 @@ CASES: tuple[Case, ...] = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of running a case. ``rates`` are keywords of ``fusedreg.LSTM`` and of the eager loop alike."""
+    """One way of running a case. ``rates`` are keywords of ``fusedreg.LSTM`` and of the eager loop alike.
+
+    ``backend``: fusedreg's, instead of the run's. ``tier``: of its CUDA kernels, forced instead of chosen.
+    """
 
     name: str
     implementation: Implementation
     rates: Mapping[str, float | str] = field(default_factory=dict)
     norm: Norm | None = None
     recompute: bool = False
+    backend: str = ""
+    tier: str = ""
 
     def impossible(self, case: Case) -> str | None:
         """Why this variant means nothing for ``case``, or ``None``."""
@@ -195,6 +200,8 @@ class Variant:
             return "batch norm needs two rows"
         if "dropout" in self.rates and case.num_layers < 2:
             return "dropout between layers needs two layers"
+        if self.implementation == "torchrl" and case.bidirectional:
+            return "TorchRL's kernels run in one direction"
         return None
 
 
@@ -216,6 +223,16 @@ EAGER_PLAIN = Variant("eager plain", "eager")
 EAGER_ALL = Variant("eager all", "eager", ALL_RATES)
 EAGER_ALL_NORM = Variant("eager all + batch norm", "eager", ALL_RATES, norm="batch")
 COMPILED_ALL = Variant("compiled all", "compiled", ALL_RATES)
+BATCH_NORM = Variant("batch norm", "fusedreg", norm="batch")
+TRITON_PLAIN = Variant("triton plain", "fusedreg", backend="triton")
+TRITON_ALL = Variant("triton all", "fusedreg", ALL_RATES, backend="triton")
+TRITON_ALL_NORM = Variant("triton all + batch norm", "fusedreg", ALL_RATES, norm="batch", backend="triton")
+TORCHRL = Variant("TorchRL's Triton LSTM", "torchrl")
+# Each tier of the CUDA kernels by itself: what the choice between them is set from.
+TIERS: tuple[Variant, ...] = tuple(
+    Variant(f"all, {tier} tier", "fusedreg", ALL_RATES, backend="cuda", tier=tier)
+    for tier in ("cluster", "grid", "step")
+)
 
 SINGLE: tuple[Variant, ...] = (
     Variant("dropout", "fusedreg", {"dropout": 0.25}),
@@ -230,95 +247,7 @@ SINGLE: tuple[Variant, ...] = (
     Variant("weight_dropout row", "fusedreg", {"weight_dropout": 0.25, "weight_mask": "row"}),
     Variant("zoneout_hidden", "fusedreg", {"zoneout_hidden": 0.15}),
     Variant("zoneout_cell", "fusedreg", {"zoneout_cell": 0.15}),
-    Variant("batch norm", "fusedreg", norm="batch"),
+    BATCH_NORM,
     Variant("layer norm", "fusedreg", norm="layer"),
     RECOMPUTE,
 )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """``variant`` timed beside ``against``, in alternation; the ratio is ``variant``'s time over ``against``'s."""
-
-    variant: Variant
-    against: Variant
-    mode: Mode
-
-    @property
-    def name(self) -> str:
-        """For example ``all / nn.LSTM, training``."""
-        return f"{self.variant.name} / {self.against.name}, {self.mode}"
-
-
-QUICK: tuple[Comparison, ...] = (
-    Comparison(PLAIN, TORCH, "inference"),
-    Comparison(PLAIN, TORCH, "training"),
-    Comparison(ALL, TORCH, "training"),
-    Comparison(ALL_NORM, TORCH, "training"),
-    Comparison(EAGER_ALL, ALL, "training"),
-)
-FULL: tuple[Comparison, ...] = (
-    *QUICK,
-    *(Comparison(variant, TORCH, "training") for variant in SINGLE),
-    Comparison(EAGER_PLAIN, PLAIN, "training"),
-    Comparison(EAGER_ALL_NORM, ALL_NORM, "training"),
-)
-GPU: tuple[Comparison, ...] = (*FULL, Comparison(COMPILED_ALL, ALL, "training"))
-
-
-# ``(T, B, H)`` of the loop alone: sizes that are bound by arithmetic, from a weight of 4 MB to one of 16 MB.
-LOOP_SIZES: tuple[tuple[int, int, int], ...] = ((64, 32, 512), (64, 64, 512), (32, 64, 1024))
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Which comparisons are made, at which sizes, and for how long.
-
-    Every comparison takes at least ``minimum_rounds`` pairs, then more while the case's ``seconds`` last.
-    ``backend`` is fusedreg's; ``""`` is the one that is named as the device. ``character_model``: end with it.
-    ``check_width``: above this many units a regularised layer is checked at a smaller width (``None``: never).
-    ``loop_sizes``: ``(T, B, H)`` at which the loop alone is timed.
-    """
-
-    name: str
-    device: str
-    size: Size
-    comparisons: tuple[Comparison, ...]
-    dtypes: tuple[str, ...] = ("float32",)
-    seconds: float = 7.0
-    minimum_rounds: int = 3
-    maximum_rounds: int = 31
-    sample_seconds: float = 0.02
-    memory: bool = True
-    backend: str = ""
-    character_model: bool = False
-    check_width: int | None = None
-    loop_sizes: tuple[tuple[int, int, int], ...] = ()
-
-
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset("cpu", "cpu", "short", QUICK, seconds=5.0, character_model=True, check_width=256, loop_sizes=LOOP_SIZES),
-        Preset("cpu-full", "cpu", "short", FULL, seconds=90.0, minimum_rounds=7, loop_sizes=LOOP_SIZES),
-        Preset("gpu", "cuda", "full", GPU, ("float16", "bfloat16", "float32"), seconds=30.0, minimum_rounds=7),
-        Preset(
-            "tiny", "cpu", "tiny", QUICK, seconds=0.0, minimum_rounds=2, sample_seconds=0.0, loop_sizes=((4, 32, 64),)
-        ),
-    )
-}
-
-
-def select_cases(names: str | None) -> list[Case]:
-    """The cases named in a comma-separated list, or all of them.
-
-    Raises ``ValueError`` for an unknown name, with the known ones.
-    """
-    if not names:
-        return list(CASES)
-    known = {case.name: case for case in CASES}
-    chosen = [name.strip() for name in names.split(",") if name.strip()]
-    for name in chosen:
-        if name not in known:
-            raise ValueError(f"unknown case {name!r}: expected some of {', '.join(known)}")
-    return [known[name] for name in chosen]

@@ -41,6 +41,8 @@ def cases_markdown(results: Results) -> str:
     parts.append(tables.time_table(results).markdown())
     if results["rates"]["fma"]["all_threads"]:
         parts.append(tables.share_table(results).markdown())
+    if results["rates"].get("device"):
+        parts.append(tables.floor_table(results).markdown())
     if any(case["memory"] for case in results["cases"]):
         parts.append(tables.memory_table(results).markdown())
     fma = results["rates"]["fma"]

@@ -1,21 +1,22 @@
-"""The results file: its layout, its checks, and what is read off it (targets, comparison with an earlier file).
+"""The results file: its layout, its checks, and what is read off it (comparison with an earlier file).
 
 A file holds one run on one device::
 
-    {"format": 1, "kind": "cases", "preset": ..., "machine": {...}, "rates": {"fma": {...}, "loop": [...]},
-     "cases": [{"name", "source", "dtype", sizes, "checks", "comparisons": [...], "memory": {...}}], "targets": [...]}
+    {"format": 1, "kind": "cases", "preset": ..., "machine": {...},
+     "rates": {"fma": {...}, "loop": [...], "device": {...}},
+     "cases": [{"name", "source", "dtype", sizes, "checks", "comparisons": [...], "memory": {...}}],
+     "left_out": [...], "targets": [...]}
 
 A comparison's ``status`` is ``ok``, ``wrong`` (its numbers failed the check: it has no times), ``failed`` (it raised),
 ``unavailable`` or ``impossible``, with a ``reason``. Ratios are times of ``variant`` over times of ``against``: below
-1 is faster.
+1 is faster. ``rates["device"]`` holds a GPU's ceilings (:mod:`benchmarks.ceilings`); ``left_out`` names the cases that
+a limit of time left out.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,85 +86,6 @@ def ratios(results: Results, variant: str, against: str, mode: str) -> dict[str,
         if row is not None and "ratio" in row:
             found[f"{case['name']}, {case['dtype']}" if several else case["name"]] = row["ratio"]
     return found
-
-
-@dataclass(frozen=True)
-class Target:
-    """One thing the CPU preset is to reach, and what it did reach. ``met`` is ``None`` where it was not measured."""
-
-    name: str
-    bound: float
-    at_most: bool
-    value: float | None
-    detail: str
-
-    @property
-    def met(self) -> bool | None:
-        if self.value is None:
-            return None
-        return self.value <= self.bound if self.at_most else self.value >= self.bound
-
-
-def _target(
-    name: str,
-    bound: float,
-    values: dict[str, float],
-    reduce: Callable[[Iterable[float]], float],
-    at_most: bool = True,
-    every: bool = False,
-) -> Target:
-    if not values:
-        return Target(name, bound, at_most, None, "not measured")
-    worst = (max if at_most else min)(values, key=lambda key: values[key])
-    detail = f"worst {worst}: {values[worst]:.2f}"
-    if every:
-        detail = "; ".join(f"{key}: {value:.2f}" for key, value in values.items())
-    return Target(name, bound, at_most, reduce(values.values()), detail)
-
-
-def targets(results: Results) -> list[Target]:
-    """The project's targets for a CPU, evaluated on ``results``."""
-    inference = ratios(results, "plain", "nn.LSTM", "inference")
-    training = ratios(results, "plain", "nn.LSTM", "training")
-    everything = ratios(results, "all", "nn.LSTM", "training")
-    normalized = ratios(results, "all + batch norm", "nn.LSTM", "training")
-    eager = ratios(results, "eager all", "all", "training")
-    single = {case["name"] for case in results["cases"] if case["batch_size"] == 1}
-
-    def only(values: dict[str, float], names: set[str]) -> dict[str, float]:
-        return {name: value for name, value in values.items() if name.partition(",")[0] in names}
-
-    alone = {f"{name}, inference": value for name, value in only(inference, single).items()}
-    alone |= {f"{name}, forward + backward": value for name, value in only(training, single).items()}
-    peaks, saved = {}, {}
-    for case in results["cases"]:
-        measured = {name: value for name, value in case["memory"].items() if value["status"] == "ok"}
-        if {"plain", "nn.LSTM"} <= measured.keys() and measured["nn.LSTM"]["peak_bytes"] > 0:
-            peaks[case["name"]] = measured["plain"]["peak_bytes"] / measured["nn.LSTM"]["peak_bytes"]
-        if {"plain", "recompute"} <= measured.keys() and measured["plain"]["saved_bytes"] > 0:
-            saved[case["name"]] = measured["recompute"]["saved_bytes"] / measured["plain"]["saved_bytes"]
-    loop = {row["case"]: row["fraction"] for row in results["rates"]["loop"] if row["fraction"] is not None}
-    median = statistics.median
-    return [
-        _target("plain / nn.LSTM, inference, median", 0.82, inference, median),
-        _target("plain / nn.LSTM, inference, worst case", 1.0, inference, max),
-        _target("plain / nn.LSTM, forward + backward, median", 0.80, training, median),
-        _target("plain / nn.LSTM, forward + backward, worst case", 1.0, training, max),
-        _target("plain / nn.LSTM, B = 1, worst case", 0.65, alone, max, every=True),
-        _target("all / plain nn.LSTM, forward + backward, median", 0.88, everything, median),
-        _target("all / plain nn.LSTM, forward + backward, worst case", 1.0, everything, max),
-        _target("all + batch norm / plain nn.LSTM, forward + backward, median", 1.05, normalized, median),
-        _target("eager loop / all, forward + backward, median", 1.8, eager, median, at_most=False),
-        _target("eager loop / all, B = 1, worst case", 7.0, only(eager, single), min, at_most=False, every=True),
-        _target("peak memory, plain / nn.LSTM, worst case", 1.0, peaks, max),
-        _target("saved bytes, recompute / default, worst case", 0.5, saved, max),
-        _target("the loop alone, forward, fraction of the FMA rate, worst case", 0.8, loop, min, False, every=True),
-    ]
-
-
-def targets_record(results: Results) -> list[dict[str, Any]]:
-    """The targets as they stand in the file."""
-    return [{**asdict(target), "met": target.met} for target in targets(results)]
 
 
 @dataclass(frozen=True)

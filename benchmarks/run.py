@@ -2,7 +2,8 @@
 
     python -m benchmarks.run --preset cpu --json benchmarks/results/cpu.json --plots build/plots
     python -m benchmarks.run --preset cpu-full --cases small,awd --base benchmarks/results/cpu-full.json
-    python -m benchmarks.run --preset gpu --json benchmarks/results/gpu.json
+    python -m benchmarks.run --preset gpu --json benchmarks/results/gpu.json --minutes 30
+    python -m benchmarks.run --preset gpu-sweep --cases 'T128-B64-*' --dtypes bfloat16,float16
 
 Prints tables; ``--preset cpu`` ends with the model of :mod:`benchmarks.character_model`. The exit status is 1 where a
 case's numbers are wrong or it failed (it then has no speed), or where that model misses its mark, else 0. A missed
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,16 +23,21 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import machine, results, tables
+from benchmarks import ceilings, machine, results, tables
 from benchmarks.measure import measure_case
-from benchmarks.registry import CASES, PRESETS, Case, Preset, select_cases
+from benchmarks.presets import PRESETS, Preset, select_cases
+from benchmarks.registry import CASES, Case
+from benchmarks.targets import targets_record
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Times fusedreg beside nn.LSTM.")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="what is measured, at which sizes")
-    parser.add_argument("--cases", help="comma-separated: " + ", ".join(case.name for case in CASES))
+    names = ", ".join(case.name for case in CASES)
+    parser.add_argument("--cases", help=f"comma-separated, * stands for anything: {names}; a sweep has its own")
+    parser.add_argument("--dtypes", help="comma-separated: " + ", ".join(ceilings.TYPES) + " (default: the preset's)")
+    parser.add_argument("--minutes", type=float, help="begin no further case after this time, and name those left out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--base", type=Path, metavar="RESULTS", help="compare with an earlier file")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the ratios into this folder")
@@ -46,16 +53,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure(preset: Preset, cases: Sequence[Case], console: Console) -> results.Results:
-    """Run every case of ``preset`` and return what goes into the results file."""
+def measure(
+    preset: Preset,
+    cases: Sequence[Case],
+    console: Console,
+    minutes: float | None = None,
+    keep: Callable[[results.Results], None] = lambda found: None,
+) -> results.Results:
+    """Run every case of ``preset`` and return what goes into the results file.
+
+    ``minutes``: after them no further case is begun. ``keep`` is given what there is after each case, so that a run
+    that is cut short leaves what it measured.
+    """
+    begin = time.monotonic()
     found: results.Results = {
         "format": results.FORMAT,
         "kind": "cases",
         "preset": preset.name,
         "backend": preset.backend or torch.device(preset.device).type,
         "machine": machine.describe(preset.device),
-        "rates": {"fma": {"one_thread": None, "all_threads": None}, "loop": []},
+        "rates": {"fma": {"one_thread": None, "all_threads": None}, "loop": [], "device": None},
         "cases": [],
+        "left_out": [],
         "targets": [],
     }
     work = [(case, dtype) for case in cases for dtype in preset.dtypes]
@@ -70,22 +89,28 @@ def measure(preset: Preset, cases: Sequence[Case], console: Console) -> results.
     with bar as progress:
         task = progress.add_task("benchmarks", total=len(work) + 1, doing="FMA rate, the loop alone")
         if torch.device(preset.device).type == "cpu":
-            found["rates"] = {"fma": machine.fma_rates(), "loop": machine.loop_rates(preset.loop_sizes)}
+            found["rates"] |= {"fma": machine.fma_rates(), "loop": machine.loop_rates(preset.loop_sizes)}
+        else:
+            progress.update(task, doing="the device's ceilings")
+            found["rates"]["device"] = ceilings.measure(preset.device)
         progress.advance(task)
         for case, dtype in work:
+            if minutes is not None and time.monotonic() - begin > minutes * 60.0:
+                found["left_out"].append(f"{case.name}, {dtype}")
+                continue
 
             def report(doing: str, name: str = case.name) -> None:
                 progress.update(task, doing=f"{name}: {doing}")
 
             record = measure_case(case, preset, dtype, report)
             found["cases"].append(record)
+            found["targets"] = targets_record(found)
+            keep(found)
             progress.advance(task)
             if not console.is_terminal:
                 # A log shows the bar only once, at its end: say what was done.
                 console.print(summary(record), highlight=False)
         progress.update(task, doing="done")
-    if torch.device(preset.device).type == "cpu":
-        found["targets"] = results.targets_record(found)
     return found
 
 
@@ -110,6 +135,8 @@ def show(found: results.Results, console: Console) -> None:
     shown = [tables.ratio_table(found), tables.time_table(found)]
     if found["rates"]["fma"]["all_threads"]:
         shown.append(tables.share_table(found))
+    if found["rates"]["device"]:
+        shown.append(tables.floor_table(found))
     if any(case["memory"] for case in found["cases"]):
         shown.append(tables.memory_table(found))
     if found["rates"]["loop"]:
@@ -135,13 +162,24 @@ def run_character_model(options: argparse.Namespace, preset: Preset) -> int:
     return character_model.main(arguments)
 
 
+def _dtypes(names: str | None, preset: Preset) -> tuple[str, ...]:
+    if not names:
+        return preset.dtypes
+    chosen = tuple(name.strip() for name in names.split(",") if name.strip())
+    for name in chosen:
+        if name not in ceilings.TYPES:
+            raise ValueError(f"unknown dtype {name!r}: expected some of {', '.join(ceilings.TYPES)}")
+    return chosen
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 200)
     preset = PRESETS[options.preset]
     try:
-        cases = select_cases(options.cases)
+        cases = select_cases(options.cases, preset.cases)
+        dtypes = _dtypes(options.dtypes, preset)
         base = results.load(options.base) if options.base else None
     except (ValueError, OSError) as error:
         console.print(f"error: {error}", markup=False)
@@ -153,10 +191,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     if options.seconds is not None:
         preset = replace(preset, seconds=options.seconds)
-    preset = replace(preset, backend=options.backend)
+    preset = replace(preset, backend=options.backend, dtypes=dtypes)
     if options.no_memory:
         preset = replace(preset, memory=False)
-    found = measure(preset, cases, console)
+    found = measure(
+        preset,
+        cases,
+        console,
+        options.minutes,
+        lambda found: results.save(found, options.json) if options.json is not None else None,
+    )
+    if found["left_out"]:
+        console.print(f"left out after {options.minutes:g} minutes: {'; '.join(found['left_out'])}", highlight=False)
     show(found, console)
     if base is not None:
         console.print(tables.change_table(results.changes(base, found)).rich())

@@ -8,6 +8,8 @@ from typing import Any
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from benchmarks.ceilings import floor_seconds
+from benchmarks.registry import Case
 from benchmarks.results import Change, Results, find
 
 NAMES = {"inference": "inference", "training": "forward + backward"}
@@ -151,6 +153,38 @@ def share_table(results: Results) -> Table:
     return Table("Share of the FMA rate, %", header, rows, note)
 
 
+def floor_table(results: Results) -> Table:
+    """A GPU's times over the floor that its measured ceilings set."""
+    ceilings = results["rates"]["device"]
+    header = ["case", "floor, inference, ms", "nn.LSTM", "plain", "floor, fwd + bwd, ms", "nn.LSTM", "plain", "all"]
+    rows = []
+    for case in results["cases"]:
+        sized = Case(**{key: case[key] for key in _CASE_FIELDS})
+        cells = [_label(case, several=True)]
+        for mode, columns in (
+            ("inference", (("plain", "against_milliseconds"), ("plain", "milliseconds"))),
+            ("training", (("plain", "against_milliseconds"), ("plain", "milliseconds"), ("all", "milliseconds"))),
+        ):
+            floor = 1e3 * floor_seconds(sized, mode, case["dtype"], ceilings)  # type: ignore[arg-type]
+            cells.append(f"{floor:.3g}")
+            for variant, key in columns:
+                row = find(case, variant, "nn.LSTM", mode)
+                cells.append(f"{row[key] / floor:.1f}" if row is not None and "ratio" in row else "–")
+        rows.append(cells)
+    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in ceilings["matrix_teraflops"].items())
+    note = (
+        f"Measured in the same run: a copy moves {ceilings['copy_gigabytes_per_second']:.0f} GB/s (read and written), "
+        f"a large product runs at TFLOP/s of {rates}. The floor is the larger of the products at that rate and each "
+        "input and output once through memory; it does not know that the steps wait for one another."
+    )
+    return Table("Time over the floor of the device's ceilings (no unit)", header, rows, note)
+
+
+_CASE_FIELDS = (
+    "name", "source", "steps", "batch_size", "input_size", "hidden_size", "num_layers", "bidirectional", "reset_rate",
+)  # fmt: skip
+
+
 def losing_lines(results: Results) -> list[str]:
     """Every case that is slower than ``nn.LSTM``, with the room that the FMA rate leaves there."""
     several = len({case["dtype"] for case in results["cases"]}) > 1
@@ -173,7 +207,7 @@ def _number(row: dict[str, Any] | None, key: str) -> str:
 
 def memory_table(results: Results) -> Table:
     """Peaks in MB of a forward and backward, and what is kept for the backward."""
-    names = ["nn.LSTM", "plain", "all", "recompute"]
+    names = list(dict.fromkeys(name for case in results["cases"] for name in case["memory"]))
     several = len({case["dtype"] for case in results["cases"]}) > 1
     header = ["case"] + [f"{name}, peak" for name in names] + [f"{name}, saved" for name in names]
     rows = []

@@ -5,9 +5,11 @@ The only file that knows how each implementation is built. What cannot be built 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,7 @@ class Runnable:
     module: nn.Module
     inputs: Inputs
     takes_reset: bool
+    tier: str = ""
 
     def output(self, **keywords: Any) -> Tensor:
         """The output sequence; records a graph if gradients are on."""
@@ -53,11 +56,35 @@ class Runnable:
 
     def run(self, mode: Mode) -> None:
         """One inference call, or one forward and backward."""
-        if mode == "training":
-            self.gradients(self.output())
-        else:
-            with torch.no_grad():
-                self.output()
+        with forced_tier(self.tier):
+            if mode == "training":
+                self.gradients(self.output())
+            else:
+                with torch.no_grad():
+                    self.output()
+
+
+@contextlib.contextmanager
+def forced_tier(tier: str) -> Iterator[None]:
+    """Run fusedreg's CUDA kernels in ``tier`` within the block, or as they choose where it is empty.
+
+    Raises :class:`Unavailable` where the tier cannot run what is asked of it.
+    """
+    if not tier:
+        yield
+        return
+    set_tier = torch.ops.fusedreg._set_cuda_tier
+    if not set_tier(tier):
+        raise Unavailable(f"this version of fusedreg has no tier {tier!r}")
+    try:
+        yield
+    except RuntimeError as error:
+        # The choice of a tier says so in these words; anything else is a failure.
+        if "tier: " not in str(error):
+            raise
+        raise Unavailable(str(error)) from error
+    finally:
+        set_tier("auto")
 
 
 def make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int = 0) -> Inputs:
@@ -112,6 +139,15 @@ def _template(input_size: int, hidden_size: int, num_layers: int, bidirectional:
     return nn.LSTM(input_size, hidden_size, num_layers, bidirectional=bidirectional)
 
 
+def _torchrl(case: Case) -> nn.Module:
+    from benchmarks.peers import TorchRLLSTM
+
+    try:
+        return TorchRLLSTM(case.input_size, case.hidden_size, case.num_layers)
+    except (ImportError, RuntimeError, TypeError) as error:
+        raise Unavailable(f"TorchRL's Triton LSTM cannot be used here: {error}") from error
+
+
 def make_module(variant: Variant, case: Case, *, backend: str = "auto") -> nn.Module:
     """The module of ``variant`` on the CPU in float32, with the same initial weights for every variant.
 
@@ -127,6 +163,8 @@ def make_module(variant: Variant, case: Case, *, backend: str = "auto") -> nn.Mo
         require_backend(backend)
         keywords = fusedreg_keywords(variant, case)
         module = fusedreg_class("LSTM")(*sizes, bidirectional=case.bidirectional, backend=backend, **keywords)
+    elif variant.implementation == "torchrl":
+        module = _torchrl(case)
     else:
         rates: dict[str, Any] = dict(variant.rates)
         module = EagerLSTM(
@@ -144,9 +182,14 @@ def make_module(variant: Variant, case: Case, *, backend: str = "auto") -> nn.Mo
 def make_runnable(variant: Variant, case: Case, inputs: Inputs, mode: Mode, *, backend: str = "") -> Runnable:
     """``variant`` ready to run on the device and in the dtype of ``inputs``, in training or evaluation mode.
 
-    ``backend``: fusedreg's, or ``""`` for the one that is named as the device.
+    ``backend``: fusedreg's where the variant does not name one, or ``""`` for the one that is named as the device.
     """
-    backend = backend or inputs.values.device.type
+    backend = chosen_backend(variant, backend, inputs.values.device.type)
     module = make_module(variant, case, backend=backend).to(inputs.values.device, inputs.values.dtype)
     module.train(mode == "training")
-    return Runnable(module, inputs, takes_reset=variant.implementation != "torch")
+    return Runnable(module, inputs, takes_reset=variant.implementation != "torch", tier=variant.tier)
+
+
+def chosen_backend(variant: Variant, backend: str, device: str) -> str:
+    """fusedreg's backend by name: the variant's own, the run's, or the one that is named as the device."""
+    return variant.backend or backend or torch.device(device).type

@@ -16,8 +16,9 @@ import fusedreg
 
 pytest.importorskip("rich", reason="the benchmarks need rich: pip install rich")
 
-from benchmarks import character_model, checks, machine, measure, memory, report, results, run, tables
+from benchmarks import character_model, checks, machine, measure, memory, report, results, run, tables, targets
 from benchmarks.eager import EagerLSTM
+from benchmarks.presets import PRESETS, QUICK, Comparison, select_cases
 from benchmarks.registry import (
     ALL,
     ALL_NORM,
@@ -26,15 +27,11 @@ from benchmarks.registry import (
     EAGER_ALL_NORM,
     EAGER_PLAIN,
     PLAIN,
-    PRESETS,
-    QUICK,
     RECOMPUTE,
     SINGLE,
     TORCH,
     Case,
-    Comparison,
     Variant,
-    select_cases,
 )
 from benchmarks.timing import prepare, spread, time_pair
 from benchmarks.variants import Unavailable, make_inputs, make_module, make_runnable
@@ -330,15 +327,18 @@ def test_targets_take_medians_and_worst_cases(found: tuple[results.Results, Path
             "plain": {"status": "ok", "peak_bytes": 90, "saved_bytes": 100},
             "recompute": {"status": "ok", "peak_bytes": 90, "saved_bytes": 60},
         }
-    targets = {target.name: target for target in results.targets(content)}
-    assert targets["plain / nn.LSTM, forward + backward, median"].value == 0.7
-    assert targets["plain / nn.LSTM, forward + backward, median"].met is True
-    assert targets["plain / nn.LSTM, B = 1, worst case"].met is False
-    assert targets["plain / nn.LSTM, B = 1, worst case"].detail == "act, inference: 0.90; act, forward + backward: 0.90"
-    assert targets["eager loop / all, B = 1, worst case"].value == 0.9
-    assert targets["peak memory, plain / nn.LSTM, worst case"].value == 0.9
-    assert targets["saved bytes, recompute / default, worst case"].met is False
-    assert targets["the loop alone, forward, fraction of the FMA rate, worst case"].met in (None, True, False)
+    found_targets = {target.name: target for target in targets.targets(content)}
+    assert found_targets["plain / nn.LSTM, forward + backward, median"].value == 0.7
+    assert found_targets["plain / nn.LSTM, forward + backward, median"].met is True
+    assert found_targets["plain / nn.LSTM, B = 1, worst case"].met is False
+    assert (
+        found_targets["plain / nn.LSTM, B = 1, worst case"].detail
+        == "act, inference: 0.90; act, forward + backward: 0.90"
+    )
+    assert found_targets["eager loop / all, B = 1, worst case"].value == 0.9
+    assert found_targets["peak memory, plain / nn.LSTM, worst case"].value == 0.9
+    assert found_targets["saved bytes, recompute / default, worst case"].met is False
+    assert found_targets["the loop alone, forward, fraction of the FMA rate, worst case"].met in (None, True, False)
 
 
 def test_changes_against_a_base(found: tuple[results.Results, Path]) -> None:
@@ -365,7 +365,7 @@ def test_tables_have_titles_verdicts_and_the_floor(found: tuple[results.Results,
     assert tables.shares(content, case, "training") == pytest.approx((0.75, 0.6))
     assert tables.share_table(content).rows[0][-2:] == ["75%", "60%"]
     expected = "slower: rl, plain, forward + backward: 1.25 [1.20, 1.30]; nn.LSTM is at 75% of the FMA rate"
-    content["targets"] = results.targets_record(content)
+    content["targets"] = targets.targets_record(content)
     text = report.markdown(content)
     assert expected in tables.losing_lines(content)
     assert f"- {expected}" in text
