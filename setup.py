@@ -9,7 +9,10 @@ Environment variables:
 * ``CXX``: the C++ compiler (default: the first of c++, g++, clang++ that works).
 * ``MAX_JOBS``: compilations at a time (default: the number of processors).
 * ``FUSEDREG_CPU=0``: install without the CPU extension. ``FUSEDREG_CPU=1`` (the default) builds it or fails.
-* ``FUSEDREG_CUDA=1``: build the CUDA extension or fail. Default: build it where its sources and nvcc are found.
+* ``FUSEDREG_CUDA=1``: build the CUDA extension or fail; ``FUSEDREG_CUDA=0``: leave it out. Default: build it where
+  nvcc is found, whether or not there is a GPU.
+* ``FUSEDREG_CUDA_ARCHITECTURES``: compute capabilities to compile for (default ``8.0;9.0``, and PTX for newer ones).
+* ``NVCC_CCBIN``: the C++ compiler that nvcc calls (default: the one that compiles the rest).
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ import setuptools
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import native_build  # noqa: E402  (lies beside this file, not on the path of a PEP 517 build)
+import cuda_build  # noqa: E402  (lies in tools/, not on the path of a PEP 517 build)
+import native_build  # noqa: E402
 
 if int(setuptools.__version__.split(".")[0]) < native_build.MINIMUM_SETUPTOOLS:
     raise SystemExit(
@@ -33,6 +37,8 @@ if int(setuptools.__version__.split(".")[0]) < native_build.MINIMUM_SETUPTOOLS:
 from setuptools import Extension, setup  # noqa: E402  (after the check: older ones lack what comes next)
 from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 from setuptools.command.build_ext import build_ext  # noqa: E402
+
+CPU, CUDA = "fusedreg._cpu", "fusedreg._cuda"
 
 
 class BuildNative(build_ext):
@@ -49,18 +55,23 @@ class BuildNative(build_ext):
         self.report: list[str] = [f"torch {torch.version} (stable ABI, runs with 2.10 and newer)", f"{compiler.banner}"]
         self.native = (torch, compiler)
         super().run()
-        self.report += [f"CUDA extension: not built ({native_build.cuda_status().reason})"]
+        if not cuda_build.status().possible:
+            self.report.append(f"CUDA extension: not built ({cuda_build.status().reason})")
         print("\nfusedreg build summary\n  " + "\n  ".join(self.report) + "\n", flush=True)
 
     def build_extension(self, extension: Extension) -> None:
         """Builds one extension into the place that setuptools names."""
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         torch, compiler = self.native
-        plan = native_build.cpu_plan(torch)
+        for_cuda = extension.name == CUDA
         try:
-            native_build.build(plan, compiler, native_build.OBJECTS, target)
+            plan = cuda_build.cuda_plan(torch, compiler) if for_cuda else native_build.cpu_plan(torch)
+            native_build.build(plan, compiler, cuda_build.OBJECTS if for_cuda else native_build.OBJECTS, target)
+            if for_cuda:
+                cuda_build.write_register_report(cuda_build.register_report())
         except native_build.BuildError as error:
-            raise SystemExit(f"\nfusedreg: building {extension.name} failed.\n{error}\n") from None
+            remedy = "\nFUSEDREG_CUDA=0 builds without CUDA." if for_cuda else ""
+            raise SystemExit(f"\nfusedreg: building {extension.name} failed.\n{error}{remedy}\n") from None
         self.report.append(f"{plan.title}: {target.name}, {target.stat().st_size // 1024} KiB, {plan.details}")
 
 
@@ -77,11 +88,13 @@ def extensions() -> list[Extension]:
     """The extensions to build: asked for or found possible, never left out in silence."""
     found: list[Extension] = []
     if native_build.cpu_wanted():
-        found.append(Extension("fusedreg._cpu", sources=[], py_limited_api=True))
+        found.append(Extension(CPU, sources=[], py_limited_api=True))
     else:
         print("fusedreg: FUSEDREG_CPU=0, so the CPU extension is left out", flush=True)
-    status = native_build.cuda_status()
-    if status.demanded and not status.possible:
+    status = cuda_build.status()
+    if status.possible:
+        found.append(Extension(CUDA, sources=[], py_limited_api=True))
+    elif status.demanded:
         raise SystemExit(f"\nfusedreg: FUSEDREG_CUDA=1, but the CUDA extension cannot be built: {status.reason}\n")
     return found
 

@@ -60,11 +60,13 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Unit:
-    """One call of the compiler: a source, the name of its object file, and its flags."""
+    """One call of a compiler: a source, the name of its object file, and its flags."""
 
     source: Path
     object_name: str
     flags: tuple[str, ...] = ()
+    compiler: Compiler | None = None  # another than the plan's, such as nvcc: the plan's flags mean nothing to it
+    log: str = ""  # the suffix of a file, beside the object, for what the compiler says of its work (ptxas's report)
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,7 @@ class Plan:
     units: tuple[Unit, ...]
     flags: tuple[str, ...]
     link_flags: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Status:
-    """Whether an optional extension can be built, whether it was asked for by name, and why not."""
-
-    possible: bool
-    demanded: bool
-    reason: str
+    linker: Compiler | None = None  # another than the compiler of the sources
 
 
 def _switch(name: str) -> bool | None:
@@ -103,16 +97,9 @@ def cpu_wanted() -> bool:
     return _switch("FUSEDREG_CPU") is not False
 
 
-def cuda_status() -> Status:
-    """Whether the CUDA extension can be built, and the reason where it cannot."""
-    wanted = _switch("FUSEDREG_CUDA")
-    if wanted is False:
-        return Status(False, False, "FUSEDREG_CUDA=0")
-    if not (ROOT / "csrc" / "registration_cuda.cpp").exists():
-        return Status(False, bool(wanted), "this version has no CUDA sources")
-    if shutil.which("nvcc") is None:
-        return Status(False, bool(wanted), "nvcc is not on the PATH; install the CUDA toolkit or add it to the PATH")
-    return Status(True, bool(wanted), "nvcc found")
+def cuda_wanted() -> bool | None:
+    """What ``FUSEDREG_CUDA`` says of the CUDA extension: to build it or fail, to leave it out, or nothing."""
+    return _switch("FUSEDREG_CUDA")
 
 
 def find_torch() -> Torch:
@@ -270,13 +257,17 @@ def _outdated(target: Path, command: list[str], record: Path, dependencies: Path
     return False
 
 
-def _run(command: list[str], what: str) -> None:
+def _run(command: list[str], what: str, log: Path | None = None) -> None:
     answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if answer.returncode != 0:
         killed = answer.returncode < 0 or "Killed" in answer.stderr
         hint = " It was killed: is there enough memory? MAX_JOBS=1 needs the least." if killed else ""
         raise BuildError(f"{what}: the compiler failed.{hint}\n{shlex.join(command)}\n{answer.stdout}{answer.stderr}")
-    if answer.stderr.strip():
+    if log is not None:
+        log.write_text(answer.stdout + answer.stderr)
+        if "warning" in answer.stderr:
+            print(answer.stderr, file=sys.stderr, flush=True)
+    elif answer.stderr.strip():
         print(answer.stderr, file=sys.stderr, flush=True)
 
 
@@ -291,14 +282,17 @@ def compile_units(units: Iterable[Unit], flags: Sequence[str], compiler: Compile
     def compile_unit(unit: Unit) -> Path:
         made = folder / f"{unit.object_name}.o"
         dependencies, record = made.with_suffix(".d"), made.with_suffix(".json")
-        command = [*compiler.command, *flags, *unit.flags, "-MD", "-MF", _relative(dependencies)]
+        own = unit.compiler
+        command = [*own.command, *unit.flags] if own else [*compiler.command, *flags, *unit.flags]
+        command += ["-MD", "-MF", _relative(dependencies)]
         command += ["-c", _relative(unit.source), "-o", _relative(made)]
         if _outdated(made, command, record, dependencies):
             if not unit.source.exists():
                 raise BuildError(f"{unit.source}: no such file. The sources are incomplete; fetch them again.")
             _say(f"  compiling {unit.object_name}")
             record.unlink(missing_ok=True)
-            _run(command, f"{unit.source.name} ({unit.object_name})")
+            log = made.with_suffix(unit.log) if unit.log else None
+            _run(command, f"{unit.source.name} ({unit.object_name})", log)
             record.write_text(json.dumps(command))
         return made
 
@@ -323,4 +317,4 @@ def build(plan: Plan, compiler: Compiler, folder: Path, target: Path) -> None:
     # Order matters. Where two objects hold the same inline function of the standard library, the linker keeps
     # the first: it must be one compiled without AVX, or an old processor would run an instruction it lacks.
     # tests/test_packaging.py checks that there is none to begin with.
-    link(objects, plan.link_flags, compiler, target)
+    link(objects, plan.link_flags, plan.linker or compiler, target)
