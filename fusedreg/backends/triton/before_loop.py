@@ -8,8 +8,6 @@
 Masks are zeros and ones here, and padding is selected away; the scale of inverted dropout goes to the product.
 """
 
-# mypy: allow-untyped-decorators
-
 from __future__ import annotations
 
 from typing import Any

@@ -22,14 +22,16 @@ _STEP_UNITS = 32
 class Block(NamedTuple):
     """Sizes of a kernel's tiles, powers of two, and how it runs; compiled in.
 
-    A product takes ``rows`` by ``columns`` of ``h`` and ``columns`` by ``units`` of each gate's ``W_hh``. ``wide`` is
-    how many units at once a stage that owns whole rows takes. ``precision`` is Triton's ``input_precision``.
+    A product takes ``rows`` by ``columns`` of ``h`` and ``columns`` by ``units`` of each gate's ``W_hh``. A stage that
+    owns whole rows takes ``whole_rows`` of them, ``wide`` units at once. ``precision`` is Triton's
+    ``input_precision``.
     """
 
     rows: int
     units: int
     columns: int
     wide: int
+    whole_rows: int
     persistent: int
     resident: int
     precision: str
@@ -56,6 +58,16 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def wide_columns(width: int) -> int:
+    """How many columns at once a program takes that owns whole rows of ``width``."""
+    return min(256, max(16, power_of_two(width)))
+
+
+def whole_rows(device: torch.device, rows: int) -> int:
+    """How many rows such a program owns: one, but under the interpreter, which runs one program after another."""
+    return min(64, power_of_two(rows)) if device.type == "cpu" else 1
 
 
 def product_precision(dtype: torch.dtype) -> str:
@@ -91,7 +103,8 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
         rows=tile_rows,
         units=units,
         columns=columns,
-        wide=min(256, max(16, power_of_two(hidden_size))),
+        wide=wide_columns(hidden_size),
+        whole_rows=whole_rows(device, rows),
         persistent=int(persistent),
         resident=int(resident),
         precision=product_precision(dtype),

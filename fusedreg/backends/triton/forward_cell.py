@@ -5,7 +5,7 @@ Every function takes the tile as ``rows`` and ``units``, and what the call consi
 Padding is written as zeros, and never read.
 """
 
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -114,6 +114,26 @@ def keep_gates(i, f, g, o, rows, units, valid, position, tensors, numbers, LAYER
         tl.store(to + size, tl.where(kept, keep_activation(f, False, fixed), 0), mask=inside)
         tl.store(to + 2 * size, tl.where(kept, keep_activation(g, True, fixed), 0), mask=inside)
         tl.store(to + 3 * size, tl.where(kept, keep_activation(o, False, fixed), 0), mask=inside)
+
+
+@triton.jit
+def store_cell(candidate, o, rows, units, valid, tensors, LAYER: tl.constexpr):
+    """Put the candidate cell and the output gate by, until the cell's moments are known."""
+    size: tl.constexpr = LAYER.hidden_size
+    at = (rows.to(tl.int64) * size)[:, None] + units[None, :]
+    inside = valid[:, None] & (units < size)[None, :]
+    tl.store(tensors.state.candidates + at, candidate, mask=inside)
+    tl.store(tensors.state.output_gates + at, o, mask=inside)
+
+
+@triton.jit
+def load_cell(rows, units, valid, tensors, LAYER: tl.constexpr):
+    """What :func:`store_cell` put by, 0 in padding."""
+    size: tl.constexpr = LAYER.hidden_size
+    at = (rows.to(tl.int64) * size)[:, None] + units[None, :]
+    inside = valid[:, None] & (units < size)[None, :]
+    candidate = tl.load(tensors.state.candidates + at, mask=inside, other=0.0)
+    return candidate, tl.load(tensors.state.output_gates + at, mask=inside, other=0.0)
 
 
 @triton.jit

@@ -1,7 +1,5 @@
 """The forward loop: the kernels of a step, launched once a step, and the launch of the persistent kernel."""
 
-# mypy: allow-untyped-decorators
-
 from __future__ import annotations
 
 import torch
@@ -9,8 +7,10 @@ import triton
 import triton.language as tl
 
 from fusedreg.backends.triton.configurations import Configuration, forward_configuration
+from fusedreg.backends.triton.forward_batch import batch_step_of_units
 from fusedreg.backends.triton.forward_cell import publish
-from fusedreg.backends.triton.forward_step import step_of_units
+from fusedreg.backends.triton.forward_rows import step_of_rows
+from fusedreg.backends.triton.forward_step import product_of_units, step_of_units
 from fusedreg.backends.triton.layout import (
     UNTIED,
     ForwardResults,
@@ -21,7 +21,7 @@ from fusedreg.backends.triton.layout import (
     LoopInputs,
     Numbers,
 )
-from fusedreg.encoding import NORM_LAYER
+from fusedreg.encoding import NORM_BATCH, NORM_LAYER
 
 
 @triton.jit(do_not_specialize=["numbers"])
@@ -47,6 +47,31 @@ def units_kernel(  # type: ignore[no-untyped-def]
     first_row = tl.program_id(1) * rows_per_group
     last_row = tl.minimum(first_row + rows_per_group, numbers.sizes.rows)
     step_of_units(s, units, first_row, last_row, None, 0, (), tensors, numbers, LAYER, BLOCK)
+
+
+@triton.jit(do_not_specialize=["s", "numbers"])
+def batch_kernel(s, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One step of a program's units under batch statistics, for all rows."""
+    units = tl.program_id(0) * BLOCK.units + tl.arange(0, BLOCK.units)
+    batch_step_of_units(s, units, (), tensors, numbers, LAYER, BLOCK)
+
+
+@triton.jit(do_not_specialize=["s", "numbers", "rows_per_group"])
+def product_kernel(  # type: ignore[no-untyped-def]
+    s, tensors, numbers, rows_per_group, LAYER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The first stage of a step with layer norm: some columns of the product."""
+    units = tl.program_id(0) * BLOCK.units + tl.arange(0, BLOCK.units)
+    first_row = tl.program_id(1) * rows_per_group
+    last_row = tl.minimum(first_row + rows_per_group, numbers.sizes.rows)
+    product_of_units(s, units, first_row, last_row, (), tensors, numbers, LAYER, BLOCK)
+
+
+@triton.jit(do_not_specialize=["s", "numbers"])
+def rows_kernel(s, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The second stage: everything else of a program's rows."""
+    rows = tl.program_id(0) * BLOCK.whole_rows + tl.arange(0, BLOCK.whole_rows)
+    step_of_rows(s, rows, tensors, numbers, LAYER, BLOCK)
 
 
 def forward_state(layer: Layer, results: ForwardResults, configuration: Configuration) -> ForwardState:
@@ -98,14 +123,15 @@ def forward_loop(layer: Layer, inputs: LoopInputs, results: ForwardResults) -> N
 def _launch_steps(tensors: ForwardTensors, numbers: Numbers, flags: LayerFlags, configuration: Configuration) -> None:
     block = configuration.block
     grid = (configuration.programs, configuration.groups)
+    launch = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+    grouped = (tensors, numbers, configuration.rows_per_group, flags, block)
     for s in range(numbers.sizes.steps):
-        units_kernel[grid](
-            s,
-            tensors,
-            numbers,
-            configuration.rows_per_group,
-            flags,
-            block,
-            num_warps=configuration.warps,
-            num_stages=configuration.stages,
-        )
+        if not in_stages(flags):
+            units_kernel[grid](s, *grouped, **launch)
+        elif flags.norm == NORM_BATCH:
+            batch_kernel[grid](s, tensors, numbers, flags, block, **launch)
+        else:
+            product_kernel[grid](s, *grouped, **launch)
+            rows_kernel[(triton.cdiv(numbers.sizes.rows, block.whole_rows),)](
+                s, tensors, numbers, flags, block, **launch
+            )

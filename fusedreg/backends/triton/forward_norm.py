@@ -1,6 +1,6 @@
 """The norms inside the forward loop: their statistics over rows (batch norm) or units (layer norm), and their use."""
 
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -60,11 +60,10 @@ def store_moments(s, statistics, count, mean, var, columns, known, WIDTH: tl.con
 @triton.jit
 def gain_over_deviation(var, gain, columns, known, eps):
     """``gain / sqrt(var + eps)``, by column."""
-    scale = tl.load(gain + columns, mask=known, other=0.0).to(tl.float32)
-    return scale / tl.sqrt_rn(var + eps)
+    return parameter(gain, columns, known) / tl.sqrt_rn(var + eps)
 
 
 @triton.jit
-def shift_of(shift, columns, known):
-    """A norm's shift by column, in float32."""
-    return tl.load(shift + columns, mask=known, other=0.0).to(tl.float32)
+def parameter(values, columns, known):
+    """A norm's gain or shift by column, in float32."""
+    return tl.load(values + columns, mask=known, other=0.0).to(tl.float32)

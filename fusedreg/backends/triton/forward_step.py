@@ -9,7 +9,7 @@ The body keeps the carried ``h`` and ``c`` where the final ones are returned, an
 dropout, to the next step through ``exchange``: step ``s`` reads half ``s % 2`` and writes the other.
 """
 
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from fusedreg.backends.triton.forward_cell import (
 )
 from fusedreg.backends.triton.forward_norm import (
     gain_over_deviation,
+    parameter,
     population,
-    shift_of,
     store_moments,
     valid_rows,
 )
@@ -120,12 +120,8 @@ def recurrent_product(s, rows, units, live, tiles, tensors, numbers, LAYER: tl.c
 
 
 @triton.jit
-def product_of_units(
-    s, units, first_row, last_row, target, tiles, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr
-):
+def product_of_units(s, units, first_row, last_row, tiles, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """The first stage of a step with a layer norm: a program's columns of the raw ``a``."""
-    if BLOCK.persistent:
-        wait_for(tensors.state.arrivals, target)
     first = first_row
     while first < last_row:
         rows = first + tl.arange(0, BLOCK.rows)
@@ -158,7 +154,7 @@ def step_of_units(
         )
         store_moments(s, tensors.results.cell_statistics, count, cell_mean, cell_var, units, known, LAYER.hidden_size)
         cell_scale = gain_over_deviation(cell_var, tensors.inputs.cell_gain, units, known, eps)
-        cell_shift = shift_of(tensors.inputs.cell_shift, units, known)
+        cell_shift = parameter(tensors.inputs.cell_shift, units, known)
     first = first_row
     while first < last_row:
         # Everything but the product is read and drawn before waiting for the other programs' h.

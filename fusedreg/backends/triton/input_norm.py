@@ -5,8 +5,6 @@ takes the population's, none gives 0. Pooled over the sequence, the steps' means
 formula (Chan, Golub and LeVeque 1983). Layer norm takes a row's ``4H`` values.
 """
 
-# mypy: allow-untyped-decorators
-
 from __future__ import annotations
 
 import torch
@@ -14,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedreg.backends.triton.configurations import whole_rows, wide_columns
 from fusedreg.backends.triton.jit_tile import row_order
 from fusedreg.backends.triton.layout import Layer, Sizes
 from fusedreg.encoding import NORM_LAYER
 
 _COLUMNS, _ROWS = 64, 32
-_WIDE = 1024
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -60,28 +58,30 @@ def batch_moments_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows", "steps"])
 def row_moments_kernel(  # type: ignore[no-untyped-def]
-    values, moments, lengths, steps, rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+    values, moments, lengths, steps, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Mean and biased variance of each row of ``values (T, B, WIDTH)``: ``(T, 2, B)``, 0 in padding."""
-    pair = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     position, row = pair // rows, pair % rows
-    valid = position < steps
+    present = position < steps
+    valid = present
     if lengths is not None:
-        valid = position < tl.load(lengths + row)
-    columns = tl.arange(0, COLUMNS)
-    total = tl.zeros([COLUMNS], tl.float32)
+        valid = present & (position < tl.load(lengths + row, mask=present, other=0))
+    at = values + (pair * WIDTH)[:, None]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, WIDTH, COLUMNS):
-        total += tl.load(values + pair * WIDTH + first + columns, mask=valid & (first + columns < WIDTH), other=0.0)
-    mean = tl.sum(total, 0) / WIDTH
-    squares = tl.zeros([COLUMNS], tl.float32)
+        columns = (first + tl.arange(0, COLUMNS))[None, :]
+        total += tl.load(at + columns, mask=valid[:, None] & (columns < WIDTH), other=0.0)
+    mean = tl.sum(total, 1) / WIDTH
+    squares = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, WIDTH, COLUMNS):
-        inside = valid & (first + columns < WIDTH)
-        value = tl.load(values + pair * WIDTH + first + columns, mask=inside, other=0.0)
-        centred = tl.where(inside, value - mean, 0.0)
+        columns = (first + tl.arange(0, COLUMNS))[None, :]
+        inside = valid[:, None] & (columns < WIDTH)
+        centred = tl.where(inside, tl.load(at + columns, mask=inside, other=0.0) - mean[:, None], 0.0)
         squares += centred * centred
-    at = moments + position * 2 * rows + row
-    tl.store(at, tl.where(valid, mean, 0.0))
-    tl.store(at + rows, tl.where(valid, tl.sum(squares, 0) / WIDTH, 0.0))
+    to = moments + position * 2 * rows + row
+    tl.store(to, tl.where(valid, mean, 0.0), mask=present)
+    tl.store(to + rows, tl.where(valid, tl.sum(squares, 1) / WIDTH, 0.0), mask=present)
 
 
 @triton.jit(do_not_specialize=["steps", "rows", "eps"])
@@ -132,7 +132,9 @@ def input_statistics(layer: Layer, values: Tensor) -> Tensor:
     lengths, device = layer.tensors.lengths, values.device
     if layer.flags.norm == NORM_LAYER:
         moments = torch.empty(steps, 2, rows, dtype=torch.float32, device=device)
-        row_moments_kernel[(steps * rows,)](values, moments, lengths, steps, rows, width, _WIDE)
+        whole = whole_rows(device, steps * rows)
+        grid = (triton.cdiv(steps * rows, whole),)
+        row_moments_kernel[grid](values, moments, lengths, steps, rows, width, whole, wide_columns(width))
         return moments
     pooled = bool(layer.options[11])
     if lengths is None:

@@ -6,7 +6,7 @@ acquire at the device's scope order what was written before an arrival before wh
 of the program's own threads on either side makes that hold for all of them.
 """
 
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
 
