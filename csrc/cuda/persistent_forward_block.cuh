@@ -67,6 +67,8 @@ struct ForwardBlock {
     const int own_row = thread_index() / U;
     int row = first - first % kRowStep + own_row;
     if (row < first) row += kRowStep;
+    // Unrolled, it would take the registers that W_hh is in.
+#pragma unroll 1
     for (; row < last; row += kRowStep) action(row, row * U + own_unit);
   }
 

@@ -131,7 +131,8 @@ class ResidentProduct {
     }
   }
 
-  // Rows first_row ... first_row + 16 tiles - 1 of the source, to partials[warp][row - first_row][n].
+  // Rows first_row ... first_row + 16 tiles - 1 of the source, to partials[warp][row - first_row][n]. A warp without
+  // chunks leaves zeros.
   template <class Source>
   FUSEDREG_DEVICE void multiply(const Source& source, int first_row, int tiles, float* partials, int partial_rows) {
     float* own = partials + static_cast<size_t>(warp_index() * partial_rows) * kPartialStride;
@@ -158,11 +159,13 @@ class ResidentProduct {
     }
   }
 
-  // out[row, n] of the pass.
-  FUSEDREG_DEVICE static float sum(const float* partials, int partial_rows, int row, int n) {
+  // out[row, n] of the pass. `warps`: where only the first ones have chunks, how many.
+  FUSEDREG_DEVICE static float sum(const float* partials, int partial_rows, int row, int n, int warps = kProductWarps) {
     float total = 0;
 #pragma unroll
-    for (int warp = 0; warp < kProductWarps; ++warp) total += partial(partials, partial_rows, warp, row, n);
+    for (int warp = 0; warp < kProductWarps; ++warp) {
+      if (warp < warps) total += partial(partials, partial_rows, warp, row, n);
+    }
     return total;
   }
   // One warp's share of it, where the warps' shares have masks of their own.
