@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from triton import knobs
 
 from fusedreg.backends.triton.layout import Layer
 from fusedreg.encoding import NORM_BATCH, NORM_LAYER
@@ -65,9 +66,9 @@ def wide_columns(width: int) -> int:
     return min(256, max(16, power_of_two(width)))
 
 
-def whole_rows(device: torch.device, rows: int) -> int:
+def whole_rows(rows: int) -> int:
     """How many rows such a program owns: one, but under the interpreter, which runs one program after another."""
-    return min(64, power_of_two(rows)) if device.type == "cpu" else 1
+    return min(64, power_of_two(rows)) if knobs.runtime.interpret else 1
 
 
 def product_precision(dtype: torch.dtype) -> str:
@@ -104,7 +105,7 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
         units=units,
         columns=columns,
         wide=wide_columns(hidden_size),
-        whole_rows=whole_rows(device, rows),
+        whole_rows=whole_rows(rows),
         persistent=int(persistent),
         resident=int(resident),
         precision=product_precision(dtype),

@@ -9,8 +9,10 @@ import triton.language as tl
 from fusedreg.backends.triton.configurations import Configuration, forward_configuration
 from fusedreg.backends.triton.forward_batch import batch_step_of_units
 from fusedreg.backends.triton.forward_cell import publish
+from fusedreg.backends.triton.forward_persistent import persistent_kernel
 from fusedreg.backends.triton.forward_rows import step_of_rows
 from fusedreg.backends.triton.forward_step import product_of_units, step_of_units
+from fusedreg.backends.triton.jit_grid import COUNTER_STRIDE
 from fusedreg.backends.triton.layout import (
     UNTIED,
     ForwardResults,
@@ -89,7 +91,7 @@ def forward_state(layer: Layer, results: ForwardResults, configuration: Configur
         raw=new(by_stages and results.gates is None, rows, 4 * size),
         candidates=new(by_stages and flags.norm_cell, rows, size),
         output_gates=new(by_stages and flags.norm_cell, rows, size),
-        arrivals=torch.zeros(configuration.groups, dtype=torch.int32, device=device)
+        arrivals=torch.zeros(configuration.groups * COUNTER_STRIDE.value, dtype=torch.int32, device=device)
         if configuration.block.persistent
         else None,
     )
@@ -117,7 +119,20 @@ def forward_loop(layer: Layer, inputs: LoopInputs, results: ForwardResults) -> N
     block = configuration.block
     grid = (triton.cdiv(layer.sizes.rows, block.rows), triton.cdiv(layer.flags.hidden_size, block.units))
     start_kernel[grid](tensors, numbers, layer.flags, block.rows, block.units)
-    _launch_steps(tensors, numbers, layer.flags, configuration)
+    if block.persistent:
+        persistent_kernel[configuration.programs, configuration.groups](
+            tensors,
+            numbers,
+            configuration.rows_per_group,
+            layer.flags,
+            block,
+            int(in_stages(layer.flags)),
+            num_warps=configuration.warps,
+            num_stages=configuration.stages,
+            launch_cooperative_grid=True,
+        )
+    else:
+        _launch_steps(tensors, numbers, layer.flags, configuration)
 
 
 def _launch_steps(tensors: ForwardTensors, numbers: Numbers, flags: LayerFlags, configuration: Configuration) -> None:

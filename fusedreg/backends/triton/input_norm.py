@@ -132,7 +132,7 @@ def input_statistics(layer: Layer, values: Tensor) -> Tensor:
     lengths, device = layer.tensors.lengths, values.device
     if layer.flags.norm == NORM_LAYER:
         moments = torch.empty(steps, 2, rows, dtype=torch.float32, device=device)
-        whole = whole_rows(device, steps * rows)
+        whole = whole_rows(steps * rows)
         grid = (triton.cdiv(steps * rows, whole),)
         row_moments_kernel[grid](values, moments, lengths, steps, rows, width, whole, wide_columns(width))
         return moments

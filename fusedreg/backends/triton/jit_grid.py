@@ -13,6 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Counters of different groups stand in different lines of the cache.
+COUNTER_STRIDE: tl.constexpr = tl.constexpr(32)
+
 
 @triton.jit
 def arrive(arrivals):
