@@ -38,20 +38,25 @@ def persistent_kernel(  # type: ignore[no-untyped-def]
     if BLOCK.norm == NORM_BATCH:
         row_tiles = rows * 0 + 1
     target = programs * 0
-    for back in range(0, numbers.sizes.steps - last_step):
-        s = numbers.sizes.steps - 1 - back
-        for tile in range(program, unit_tiles * row_tiles, programs):
+    s = numbers.sizes.steps - 1
+    while s >= last_step:
+        tile = program
+        while tile < unit_tiles * row_tiles:
             units_stage(s, tile % unit_tiles, tile // unit_tiles, tensors, numbers, LAYER, BLOCK)
+            tile += programs
         target += programs
         arrive(arrivals)
         wait_for(arrivals, target)
         if BLOCK.norm == NORM_LAYER:
             if s >= 0:
-                for row in range(program, rows, programs):
+                row = program
+                while row < rows:
                     rows_stage(s, row, tensors, numbers, LAYER, BLOCK)
+                    row += programs
                 target += programs
                 arrive(arrivals)
                 wait_for(arrivals, target)
+        s -= 1
 
 
 def launch_persistent(

@@ -82,8 +82,10 @@ def batch_units(s, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
                 PRECISION: tl.constexpr, ACTIVATED: tl.constexpr):  # fmt: skip
     """A step with batch norm, for some units of every row."""
     HIDDEN: tl.constexpr = LAYER.hidden_size
-    for first in range(0, sizes.rows, R):
+    first = tl.full((), 0, tl.int32)
+    while first < sizes.rows:
         keep_hidden_gradient(s, first + tl.arange(0, R), units, loop, grads, sizes, rates, LAYER, K, PRECISION)
+        first += R
     tl.debug_barrier()
     if s >= 0:
         of_batch = averaged_rows(s, grads, LAYER)
@@ -92,7 +94,8 @@ def batch_units(s, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
         cell_sum = blank
         cell_products = blank
         if LAYER.norm_cell:
-            for first in range(0, sizes.rows, R):
+            first = tl.full((), 0, tl.int32)
+            while first < sizes.rows:
                 rows = first + tl.arange(0, R)
                 _, _, _, _, norm, grad_argument, _ = argument_tile(
                     s, rows, units, of_batch, loop, saved, grads, sizes, rates, LAYER, ACTIVATED
@@ -100,12 +103,14 @@ def batch_units(s, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
                 total, products = column_sums(grad_argument, grad_argument * norm[0])
                 cell_sum += total
                 cell_products += products
+                first += R
             at = grads.cell_sums + s.to(tl.int64) * 2 * HIDDEN + units
             tl.store(at, cell_sum, mask=units < HIDDEN)
             tl.store(at + HIDDEN, cell_products, mask=units < HIDDEN)
         sum_i, sum_f, sum_g, sum_o = blank, blank, blank, blank
         products_i, products_f, products_g, products_o = blank, blank, blank, blank
-        for first in range(0, sizes.rows, R):
+        first = tl.full((), 0, tl.int32)
+        while first < sizes.rows:
             rows = first + tl.arange(0, R)
             grad_hidden, place, cell, gradients, norm, grad_argument, grad_o = argument_tile(
                 s, rows, units, of_batch, loop, saved, grads, sizes, rates, LAYER, ACTIVATED
@@ -130,6 +135,7 @@ def batch_units(s, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
                 store_gates(grads.grad_gates, rows, units, position, dz, here, sizes, LAYER)
             pass_on(s, rows, units, valid, resets, grad_hidden, direct, carried, grad_previous + through_forget, grads,
                     sizes, LAYER)  # fmt: skip
+            first += R
         if LAYER.norm_recurrent:
             tl.debug_barrier()
             recurrent_gate(0, sum_i, products_i, share, s, units, of_batch, loop, saved, grads, sizes, rates, LAYER, R)
@@ -154,7 +160,8 @@ def recurrent_gate(gate: tl.constexpr, total, products, share, s, units, of_batc
     HIDDEN: tl.constexpr = LAYER.hidden_size
     columns = gate * HIDDEN + units
     mean, slope = (total * share)[None, :], (products * share)[None, :]
-    for first in range(0, sizes.rows, R):
+    first = tl.full((), 0, tl.int32)
+    while first < sizes.rows:
         rows = first + tl.arange(0, R)
         valid, position, _, here = step_tile(s, rows, units, loop, sizes, LAYER)
         term, gain, scale = recurrent_term(gate, s, rows, units, valid, position, of_batch, here, loop, saved, sizes,
@@ -164,6 +171,7 @@ def recurrent_gate(gate: tl.constexpr, total, products, share, s, units, of_batc
         dz = tl.load(grads.grad_gates + at, mask=here, other=0.0)
         da = tl.where(here, gain * scale * (dz - mean - term * slope), 0.0)
         tl.store(grads.grad_recurrent + at, narrow(da, grads.grad_recurrent.dtype.element_ty), mask=present)
+        first += R
 
 
 @triton.jit

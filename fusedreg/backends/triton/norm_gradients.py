@@ -59,7 +59,8 @@ def sums_kernel(  # type: ignore[no-untyped-def]
         of_batch = tl.load(counts + (s * 0 if POOLED else s))
     total = tl.zeros([COLUMNS], tl.float32)
     products = total
-    for first in range(0, numbers.sizes.rows, ROWS):
+    first = tl.full((), 0, tl.int32)
+    while first < numbers.sizes.rows:
         rows = first + tl.arange(0, ROWS)
         valid, position = row_order(s, rows, lengths, numbers.sizes, REVERSE)
         here = valid[:, None] & (columns < WIDTH)[None, :]
@@ -68,6 +69,7 @@ def sums_kernel(  # type: ignore[no-untyped-def]
         grad = tl.load(grads + at, mask=here, other=0.0)
         total += tl.sum(grad, 0)
         products += tl.sum(grad * normalised, 0)
+        first += ROWS
     at = sums + s.to(tl.int64) * 2 * WIDTH + columns
     tl.store(at, total, mask=columns < WIDTH)
     tl.store(at + WIDTH, products, mask=columns < WIDTH)
@@ -91,7 +93,8 @@ def batch_gradient_kernel(  # type: ignore[no-untyped-def]
     mean = tl.load(place, mask=inside, other=0.0) * share
     slope = tl.load(place + WIDTH, mask=inside, other=0.0) * share
     factor = tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    for first in range(0, numbers.sizes.rows, ROWS):
+    first = tl.full((), 0, tl.int32)
+    while first < numbers.sizes.rows:
         rows = first + tl.arange(0, ROWS)
         valid, position = row_order(s, rows, lengths, numbers.sizes, REVERSE)
         here = valid[:, None] & inside[None, :]
@@ -101,6 +104,7 @@ def batch_gradient_kernel(  # type: ignore[no-untyped-def]
         grad = tl.where(here, factor * scale * (grad - mean[None, :] - normalised * slope[None, :]), 0.0)
         present = (rows < numbers.sizes.rows)[:, None] & inside[None, :]
         tl.store(results + at, narrow(grad, results.dtype.element_ty), mask=present)
+        first += ROWS
 
 
 @triton.jit(do_not_specialize=["numbers"])
