@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import compiled
 
 import fusedreg
-from fusedreg import backends, collect_env
+from fusedreg import Regularization, backends, collect_env
 from fusedreg.backends import BACKENDS, OPERATORS, Availability, availability, cpu, cuda, explain, resolve, triton
 from fusedreg.backends.common import DTYPES
 from fusedreg.functional import LAYER_FUNCTIONS
@@ -172,6 +173,41 @@ def test_explain(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     state(cuda=MISSING, triton=MISSING)
     assert explain("cuda").splitlines()[-1].startswith("  auto takes nothing: an error")
     assert explain("cpu", proj_size=3).splitlines()[-1] == "  auto takes reference"
+
+
+H200 = cuda.DeviceLimits(132, 232448, 9, 0)
+
+
+@compiled
+def test_the_plan_of_the_cuda_tiers() -> None:
+    """Asked without a GPU: the tier of a size, a type and a norm, in words."""
+    options: dict[str, Any] = {"steps": 100, "batch_size": 16, "input_size": 64, "hidden_size": 512}
+    lines = cuda.plan(H200, torch.bfloat16, **options, regularization=Regularization()).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["forward", "backward"]
+    assert all(line.split()[1] in ("cluster:", "grid:") for line in lines)
+    for dtype, size in ((torch.float64, 512), (torch.bfloat16, 8192)):
+        options["hidden_size"] = size
+        text = cuda.plan(H200, dtype, **options, regularization=Regularization(zoneout_cell=0.2))
+        assert "forward: step" in text and "backward: step" in text
+    call = torch.ops.fusedreg._cuda_plan
+    with pytest.raises(RuntimeError, match="sizes: expected numbers above 0, got 0"):
+        call([1, 1, 1, 0], 0, [0.0] * 9, [0] * 14, False, list(H200))
+    with pytest.raises(RuntimeError, match="expected 4 sizes, a dtype from 0 to 3"):
+        call([1, 1, 1, 1], 7, [0.0] * 9, [0] * 14, False, list(H200))
+    with pytest.raises(RuntimeError, match="expected 9 rates and 14 options, got 1 and 14"):
+        call([1, 1, 1, 1], 0, [0.0], [0] * 14, False, list(H200))
+
+
+@compiled
+def test_explain_names_the_tier(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    state(cuda=Availability(True), triton=MISSING)
+    monkeypatch.setattr(cuda, "describe", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(cuda, "device_limits", lambda device: H200)
+    assert "backward:" not in explain("cuda", torch.bfloat16)
+    text = explain("cuda", torch.bfloat16, hidden_size=512, batch_size=8)
+    assert "  cuda       yes, with NVIDIA H200\n             forward: " in text
+    assert "\n             backward: " in text
+    assert text.endswith("auto takes cuda")
 
 
 def test_the_import_is_light() -> None:

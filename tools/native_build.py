@@ -230,7 +230,8 @@ def cpu_plan(torch: Torch, with_sanitizers: tuple[str, ...] = ()) -> Plan:
     return Plan(
         title="CPU extension",
         details=details,
-        units=(registration, *kernel_units()),
+        # The choice among the CUDA kernels' tiers is plain C++: explain() asks it where there is no GPU, too.
+        units=(registration, Unit(sources / "cuda" / "plan.cpp", "plan", ()), *kernel_units()),
         flags=common_flags(with_sanitizers),
         link_flags=tuple(link),
     )

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../common/params.h"
+#include "layer_options.h"
 #include "tensors.h"
 
 namespace fusedreg::stable {
@@ -145,40 +146,10 @@ class LayerArguments {
   static constexpr int64_t kNoRows = int64_t{1} << 40;  // where nothing is read
 
   void read_options() {
-    if (rates_.size() != kNumberOfRates || options_.size() != kNumberOfOptions) {
-      fail(name_, ": expected ", kNumberOfRates, " rates and ", kNumberOfOptions, " options, got ", rates_.size(),
-           " and ", options_.size(),
-           "; the Python files and the built extension are of different versions: build it again");
-    }
-    for (const double rate : rates_) {
-      if (!(rate >= 0.0 && rate < 1.0)) fail(name_, ": rates: expected numbers in [0, 1), got ", rate);
-    }
+    check_option_counts(name_, rates_, options_);
     if (!(norm_eps_ >= 0.0) || std::isinf(norm_eps_)) fail(name_, ": norm_eps: expected >= 0, got ", norm_eps_);
-    rates = {rates_[0], rates_[1], rates_[2], rates_[3], rates_[4], rates_[5], rates_[6], rates_[7], rates_[8]};
-    const auto limit = [this](int index, int64_t end) {
-      const int64_t value = options_[index];
-      if (value < 0 || value >= end)
-        fail(name_, ": options[", index, "]: expected 0 <= value < ", end, ", got ", value);
-      return static_cast<int32_t>(value);
-    };
-    const auto flag = [&limit](int index) { return limit(index, 2) == 1; };
-    options.layer = limit(0, int64_t{1} << 30);  // layer * 2 + direction is a 32-bit word of the masks' counter
-    options.reverse = flag(1);
-    options.training = flag(2);
-    options.untied_masks = flag(3);
-    options.update_mask_sequence = flag(4);
-    options.weight_mask_row = flag(5);
-    options.zoneout_candidate = flag(6);
-    options.norm = static_cast<NormKind>(limit(7, 3));
-    options.norm_input = flag(8);
-    options.norm_recurrent = flag(9);
-    options.norm_cell = flag(10);
-    options.norm_input_sequence = flag(11);
-    // Flags of a norm that is off mean nothing, and nothing may depend on them.
-    if (options.norm == NormKind::None) options.norm_input = options.norm_recurrent = options.norm_cell = false;
-    if (options.norm != NormKind::Batch) options.norm_input_sequence = false;
-    options.return_cells = flag(12);
-    options.save = static_cast<Save>(limit(13, 3));
+    rates = decode_rates(name_, rates_);
+    options = decode_options(name_, options_);
   }
 
   void read_shapes() {

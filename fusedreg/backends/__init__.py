@@ -18,6 +18,7 @@ import torch
 
 from fusedreg.backends import cpu, cuda, triton
 from fusedreg.backends.common import Availability, Backend, without_kernel
+from fusedreg.regularization import Regularization
 
 __all__ = ["BACKENDS", "OPERATORS", "Availability", "availability", "explain", "resolve"]
 
@@ -163,6 +164,11 @@ def explain(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
+    hidden_size: int | None = None,
+    batch_size: int = 1,
+    steps: int = 100,
+    input_size: int | None = None,
+    regularization: Regularization | None = None,
     proj_size: int = 0,
     process_group: bool = False,
 ) -> str:
@@ -171,6 +177,9 @@ def explain(
     Args:
         device: of the input.
         dtype: of the input.
+        hidden_size: with it, where the CUDA kernels can run the call, also which of their tiers does, and why.
+        batch_size, steps, input_size: of the call, for the same; ``input_size`` is ``hidden_size`` unless it is given.
+        regularization: the options in training, for the same; ``None`` for those of ``nn.LSTM``.
         proj_size: of the module, 0 without a projection.
         process_group: whether a batch norm shares its statistics between processes.
 
@@ -187,6 +196,17 @@ def explain(
     for name, module in _MODULES.items():
         reason = module.unsupported(device, dtype, proj_size=proj_size, process_group=process_group)
         lines.append(f"  {name:9}  " + (f"no: {reason}" if reason else f"yes, with {module.describe(device)}"))
+        if name == "cuda" and reason is None and hidden_size is not None:
+            tiers = cuda.plan(
+                cuda.device_limits(device),
+                dtype,
+                steps=steps,
+                batch_size=batch_size,
+                input_size=hidden_size if input_size is None else input_size,
+                hidden_size=hidden_size,
+                regularization=Regularization() if regularization is None else regularization,
+            )
+            lines += [f"             {line}" for line in tiers.splitlines()]
     chosen, _ = _choose(device, dtype, proj_size, process_group)
     lines.append("  reference  yes: plain torch, any device and dtype, step by step")
     lines.append(f"  auto takes {chosen or 'nothing: an error; ask for reference by name'}")

@@ -7,12 +7,16 @@ when it is first asked for, and only where torch sees a CUDA device: the import 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fusedreg._version import __version__
 from fusedreg.backends import cpu
 from fusedreg.backends.common import Availability, without_kernel
+
+if TYPE_CHECKING:
+    from fusedreg.regularization import Regularization
 
 OPERATORS = cpu.OPERATORS
 MINIMUM_CAPABILITY = (8, 0)
@@ -21,6 +25,19 @@ _REBUILD = (
     "build it where nvcc is, with `FUSEDREG_CUDA=1 make build` in a checkout or "
     "`FUSEDREG_CUDA=1 pip install --no-build-isolation .`"
 )
+
+# `ScalarType` in csrc/common/params.h.
+_SCALAR_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class DeviceLimits(NamedTuple):
+    """What of a GPU decides which tier runs a layer: ``DeviceLimits`` in ``csrc/cuda/runtime.h``."""
+
+    multiprocessors: int
+    shared_bytes_per_block: int
+    major: int
+    minor: int
+
 
 _state: Availability | None = None
 
@@ -124,3 +141,46 @@ def describe(device: torch.device) -> str:
         f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
         f"{properties.multi_processor_count} multiprocessors"
     )
+
+
+def device_limits(device: torch.device) -> DeviceLimits:
+    """Those of a GPU that torch sees."""
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceLimits(
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
+        properties.major,
+        properties.minor,
+    )
+
+
+def plan(
+    limits: DeviceLimits,
+    dtype: torch.dtype,
+    *,
+    steps: int,
+    batch_size: int,
+    input_size: int,
+    hidden_size: int,
+    regularization: Regularization,
+    training: bool = True,
+) -> str:
+    """Which tier of the kernels runs a layer on such a GPU, and why: a line for the forward, one for the backward.
+
+    Plain C++ of the CPU's extension: no GPU is needed. On a GPU the kernels also ask it how many blocks a cluster may
+    have, where this assumes the 8 that every device has.
+
+    Args:
+        limits: of the GPU.
+        dtype: of the input.
+        steps, batch_size, input_size, hidden_size: ``T``, ``B``, ``I`` and ``H``.
+        regularization: the layer's options, as of the only layer of a module.
+        training: whether masks are drawn and batch statistics taken.
+    """
+    from fusedreg.encoding import SAVE_GATES, encode_options
+
+    options = regularization.layer_options(0, 1, 0, training, False, False)
+    rates, flags, _ = encode_options(options, SAVE_GATES)
+    sizes = [steps, batch_size, input_size, hidden_size]
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    return str(torch.ops.fusedreg._cuda_plan(sizes, _SCALAR_TYPES[dtype], rates, flags, tf32, list(limits)))
