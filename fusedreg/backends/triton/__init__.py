@@ -22,9 +22,12 @@ _state: Availability | None = None
 
 
 def load() -> Availability:
-    """Import Triton and the kernels, and define their operators; once a process. Never raises."""
+    """Import Triton and the kernels, and define their operators; once a process. Never raises.
+
+    A failure is not remembered: Triton's interpreter may be switched on later.
+    """
     global _state
-    if _state is None:
+    if not _state:
         _state = _load()
     return _state
 
