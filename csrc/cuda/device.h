@@ -26,6 +26,8 @@
 //   cluster_arrive()  cluster_wait()  every thread of every block: what was stored before the arrival is seen after the
 //       wait. No block may return while another may still store to it or load from it.
 // Else:
+//   opaque(integer)                   the same, but the compiler does not know: what is computed from it inside a loop is
+//       computed there, and takes no register before the loop
 //   timer_nanoseconds()               for bounded waits
 //   stop(message, integers...)        prints the message, then the integers, and ends the kernel with an error
 //   sigmoid(x) tanh(x)                float and double, to full precision at any argument

@@ -42,6 +42,11 @@ FUSEDREG_DEVICE char* dynamic_shared() {
   return reinterpret_cast<char*>(fusedreg_dynamic_shared);
 }
 
+FUSEDREG_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 FUSEDREG_DEVICE void sync_block() { __syncthreads(); }
 FUSEDREG_DEVICE void sync_warp() { __syncwarp(); }
 

@@ -43,6 +43,7 @@ class PersistentForward {
   using Product = ResidentProduct<Mode, kColumns / 8, kRegisterChunks>;
   using Source = std::conditional_t<kClustered, SharedSource, GlobalSource>;
   using Block = ForwardBlock<U>;
+  using Cell = ForwardCell<U>;
 
  public:
   FUSEDREG_DEVICE explicit PersistentForward(const PersistentForwardParams& params)
@@ -107,18 +108,18 @@ class PersistentForward {
     for (int i = thread_index(); i < slices; i += kProductThreads) staged[i] = Storage{};  // also beyond the last unit
     sync_block();
     block_.find_longest();
-    block_.each_cell(0, block_.rows, [&](int row, int cell) {
-      const int64_t b = block_.first_row + row, unit = block_.unit();
+    block_.each_cell(0, block_.rows, [&](const Cell& cell) {
+      const int64_t b = block_.batch_row(cell), unit = block_.unit(cell);
       const int64_t at = b * params.shape.hidden_size + unit;
       const Storage* hidden = static_cast<const Storage*>(in.initial_hidden);
       const float* initial_cell = static_cast<const float*>(in.initial_cell);
       const float h = hidden == nullptr ? 0.0f : widen(hidden[at]);
-      block_.hidden()[cell] = h;
-      block_.cell()[cell] = initial_cell == nullptr ? 0.0f : initial_cell[at];
+      block_.hidden()[cell.index()] = h;
+      block_.cell()[cell.index()] = initial_cell == nullptr ? 0.0f : initial_cell[at];
       uint32_t bits = packed_sequence_masks(params.masks, block_.key, b, unit);
-      if (begins_from_zero(in, b, block_.length(row), 0)) bits |= kNextBeginsFromZero;
-      block_.masks()[cell] = static_cast<uint16_t>(bits);
-      stage(row, h, bits);
+      if (begins_from_zero(in, b, block_.length(cell.row), 0)) bits |= kNextBeginsFromZero;
+      block_.masks()[cell.index()] = static_cast<uint16_t>(bits);
+      stage(cell, h, bits);
     });
   }
 
@@ -131,12 +132,12 @@ class PersistentForward {
     block_.count_rows(s);
     if (params.shape.norm == NormKind::Batch) load_population(block_, s);
     const float* const bias = block_.gate_constants();
-    block_.each_cell(0, block_.rows, [&](int row, int cell) {
-      const uint32_t before = block_.masks()[cell];
+    block_.each_cell(0, block_.rows, [&](const Cell& cell) {
+      const uint32_t before = block_.masks()[cell.index()];
       uint32_t bits = before & kSequenceBits;
-      const int64_t length = block_.length(row);
+      const int64_t length = block_.length(cell.row);
       if (s < length) {
-        const int64_t b = block_.first_row + row, unit = block_.unit();
+        const int64_t b = block_.batch_row(cell), unit = block_.unit(cell);
         const int64_t t = position(layer.in, length, s);
         float terms[4];
         read_gates(static_cast<const float*>(layer.input_terms), t * layer.in.rows + b, layer.in.hidden_size, unit,
@@ -146,11 +147,10 @@ class PersistentForward {
         if (begins_from_zero(layer.in, b, length, s + 1)) bits |= kNextBeginsFromZero;
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) {
-          const int column = gate * U + block_.own_unit;
-          block_.gates()[row * Block::kGateStride + column] = terms[gate] + bias[column];
+          block_.gates()[cell.gate(gate)] = terms[gate] + bias[gate * U + cell.unit];
         }
       }
-      block_.masks()[cell] = static_cast<uint16_t>(bits);
+      block_.masks()[cell.index()] = static_cast<uint16_t>(bits);
     });
   }
 
@@ -159,55 +159,54 @@ class PersistentForward {
     const LayerInputs& in = params.loop.layer.in;
     const LayerOutputs& out = params.loop.out;
     const Storage* const outputs = reinterpret_cast<const Storage*>(params.room.outputs.in(block_.shared));
-    block_.each_cell(0, block_.rows, [&](int row, int cell) {
-      const int64_t length = block_.length(row), b = block_.first_row + row;
-      if (s >= length) return write_zeros(s, b);
-      const int64_t at = position(in, length, s) * in.rows + b;
-      const CellExit<float> exit{block_.hidden()[cell], block_.cell()[cell], widen(outputs[cell])};
-      write_states<Storage>(out, at * in.hidden_size + block_.unit(), exit);
+    block_.each_cell(0, block_.rows, [&](const Cell& cell) {
+      const int64_t length = block_.length(cell.row);
+      if (s >= length) return write_zeros(cell, s);
+      const int64_t at = position(in, length, s) * in.rows + block_.batch_row(cell);
+      const CellExit<float> exit{block_.hidden()[cell.index()], block_.cell()[cell.index()],
+                                 widen(outputs[cell.index()])};
+      write_states<Storage>(out, at * in.hidden_size + block_.unit(cell), exit);
       if (out.gates == nullptr) return;
       const float* const values = params.shape.norm == NormKind::None ? block_.gates() : block_.raw();
       float gates[4];
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) {
-        gates[gate] = values[row * Block::kGateStride + gate * U + block_.own_unit];
-      }
-      write_saved_gates(at, gates);
+      for (int gate = 0; gate < 4; ++gate) gates[gate] = values[cell.gate(gate)];
+      write_saved_gates(cell, at, gates);
     });
     if (params.shape.norm == NormKind::Batch) write_batch_moments(block_, s, true);
     if (params.shape.norm == NormKind::Layer) write_layer_moments(block_, s, true);
   }
 
-  FUSEDREG_DEVICE void write_saved_gates(int64_t at, const float (&gates)[4]) const {
+  FUSEDREG_DEVICE void write_saved_gates(const Cell& cell, int64_t at, const float (&gates)[4]) const {
     const PersistentForwardParams& params = block_.params;
     void* const saved = params.loop.out.gates;
     const int hidden_size = params.shape.hidden_size;
     if (params.shape.norm == NormKind::None) {
-      write_activated_gates<Storage>(saved, at, hidden_size, block_.unit(),
+      write_activated_gates<Storage>(saved, at, hidden_size, block_.unit(cell),
                                      Gates<float>{gates[0], gates[1], gates[2], gates[3]});
     } else {
-      write_gates(static_cast<float*>(saved), at, hidden_size, block_.unit(), gates);
+      write_gates(static_cast<float*>(saved), at, hidden_size, block_.unit(cell), gates);
     }
   }
 
   // A row in padding: results hold zeros there. As fixed point, an activated gate of 0 is not the bits 0 (storage.h).
-  FUSEDREG_DEVICE void write_zeros(int64_t t, int64_t b) const {
+  FUSEDREG_DEVICE void write_zeros(const Cell& cell, int64_t t) const {
     const PersistentForwardParams& params = block_.params;
-    const int64_t at = t * params.loop.layer.in.rows + b;
-    write_states<Storage>(params.loop.out, at * params.shape.hidden_size + block_.unit(), CellExit<float>{});
+    const int64_t at = t * params.loop.layer.in.rows + block_.batch_row(cell);
+    write_states<Storage>(params.loop.out, at * params.shape.hidden_size + block_.unit(cell), CellExit<float>{});
     if (params.loop.out.gates == nullptr) return;
     if (params.shape.norm == NormKind::None) {
       const Kept<Storage> zeros[4] = {};
-      write_kept(at, zeros);
+      write_kept(cell, at, zeros);
     } else {
       const float zeros[4] = {};
-      write_gates(static_cast<float*>(params.loop.out.gates), at, params.shape.hidden_size, block_.unit(), zeros);
+      write_gates(static_cast<float*>(params.loop.out.gates), at, params.shape.hidden_size, block_.unit(cell), zeros);
     }
   }
-  FUSEDREG_DEVICE void write_kept(int64_t at, const Kept<Storage> (&values)[4]) const {
+  FUSEDREG_DEVICE void write_kept(const Cell& cell, int64_t at, const Kept<Storage> (&values)[4]) const {
     const int64_t hidden_size = block_.params.shape.hidden_size;
     Kept<Storage>* const to =
-        static_cast<Kept<Storage>*>(block_.params.loop.out.gates) + at * 4 * hidden_size + block_.unit();
+        static_cast<Kept<Storage>*>(block_.params.loop.out.gates) + at * 4 * hidden_size + block_.unit(cell);
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) to[gate * hidden_size] = values[gate];
   }
@@ -218,23 +217,23 @@ class PersistentForward {
   FUSEDREG_DEVICE void take_sums(int first, int last) {
     const ForwardShape& shape = block_.params.shape;
     const int warps = shape.working_warps();
-    block_.each_cell(first, last, [&](int row, int cell) {
-      const uint32_t bits = block_.masks()[cell];
+    block_.each_cell(first, last, [&](const Cell& cell) {
+      const uint32_t bits = block_.masks()[cell.index()];
       if ((bits & kRuns) == 0) return;
       float z[4];
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) {
-        const int column = gate * U + block_.own_unit, at = row * Block::kGateStride + column;
-        z[gate] = Product::sum(partials(), shape.rows_per_pass, row - first, column, warps);
+        z[gate] = block_.params.masks.recurrent_scale *
+                  Product::sum(partials(), shape.rows_per_pass, cell.row - first, gate * U + cell.unit, warps);
         if (shape.norm != NormKind::None) {
-          block_.raw()[at] = z[gate];
+          block_.raw()[cell.gate(gate)] = z[gate];
         } else {
-          z[gate] += block_.gates()[at];
+          z[gate] += block_.gates()[cell.gate(gate)];
         }
       }
       if (shape.norm != NormKind::None) return;
-      const float candidate = enter(row, cell, bits, z);
-      leave(row, cell, bits, candidate, candidate);
+      const float candidate = enter(cell, bits, z);
+      leave(cell, bits, candidate, candidate);
     });
   }
 
@@ -242,67 +241,65 @@ class PersistentForward {
   FUSEDREG_DEVICE void run_norms(int s) {
     const ForwardShape& shape = block_.params.shape;
     if (shape.norm_recurrent) take_gate_moments(block_, exchange_, s);
-    block_.each_cell(0, block_.rows, [&](int row, int cell) {
-      const uint32_t bits = block_.masks()[cell];
+    block_.each_cell(0, block_.rows, [&](const Cell& cell) {
+      const uint32_t bits = block_.masks()[cell.index()];
       if ((bits & kRuns) == 0) return;
       float z[4];
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) {
-        const int column = gate * U + block_.own_unit, at = row * Block::kGateStride + column;
-        const float a = block_.raw()[at];
-        z[gate] = (shape.norm_recurrent ? normalised_gate(block_, row, column, a) : a) + block_.gates()[at];
+        const float a = block_.raw()[cell.gate(gate)];
+        z[gate] = (shape.norm_recurrent ? normalised_gate(block_, cell, gate, a) : a) + block_.gates()[cell.gate(gate)];
       }
-      const float candidate = enter(row, cell, bits, z);
+      const float candidate = enter(cell, bits, z);
       if (shape.norm_cell) {
-        block_.candidates()[cell] = candidate;
+        block_.candidates()[cell.index()] = candidate;
       } else {
-        leave(row, cell, bits, candidate, candidate);
+        leave(cell, bits, candidate, candidate);
       }
     });
     if (!shape.norm_cell) return;
     take_cell_moments(block_, exchange_, s);
-    block_.each_cell(0, block_.rows, [&](int row, int cell) {
-      const uint32_t bits = block_.masks()[cell];
+    block_.each_cell(0, block_.rows, [&](const Cell& cell) {
+      const uint32_t bits = block_.masks()[cell.index()];
       if ((bits & kRuns) == 0) return;
-      const float candidate = block_.candidates()[cell];
-      leave(row, cell, bits, candidate, normalised_cell(block_, row, candidate));
+      const float candidate = block_.candidates()[cell.index()];
+      leave(cell, bits, candidate, normalised_cell(block_, cell, candidate));
     });
   }
 
   // The first half of a cell; leaves the gates where the second half and the results find them.
-  FUSEDREG_DEVICE float enter(int row, int cell, uint32_t bits, const float (&z)[4]) {
-    const float previous = (bits & kBeginsFromZero) != 0 ? 0.0f : block_.cell()[cell];
+  FUSEDREG_DEVICE float enter(const Cell& cell, uint32_t bits, const float (&z)[4]) {
+    const float previous = (bits & kBeginsFromZero) != 0 ? 0.0f : block_.cell()[cell.index()];
     const CellEntry<float> entry = begin_cell(z, previous, unpacked_step_masks(block_.params.masks, bits));
-    float* const gates = block_.gates() + row * Block::kGateStride + block_.own_unit;
-    gates[0] = entry.gates.i;
-    gates[U] = entry.gates.f;
-    gates[2 * U] = entry.gates.g;
-    gates[3 * U] = entry.gates.o;
+    block_.gates()[cell.gate(0)] = entry.gates.i;
+    block_.gates()[cell.gate(1)] = entry.gates.f;
+    block_.gates()[cell.gate(2)] = entry.gates.g;
+    block_.gates()[cell.gate(3)] = entry.gates.o;
     return entry.candidate;
   }
 
   // The second half, to what is carried, returned and published.
-  FUSEDREG_DEVICE void leave(int row, int cell, uint32_t bits, float candidate, float normalised) {
+  FUSEDREG_DEVICE void leave(const Cell& cell, uint32_t bits, float candidate, float normalised) {
     const PersistentForwardParams& params = block_.params;
     const bool from_zero = (bits & kBeginsFromZero) != 0;
-    const CellExit<float> exit = finish_cell<Storage>(
-        params.loop.layer.in.options, unpacked_step_masks(params.masks, bits),
-        block_.gates()[row * Block::kGateStride + 3 * U + block_.own_unit], from_zero ? 0.0f : block_.cell()[cell],
-        from_zero ? 0.0f : block_.hidden()[cell], candidate, normalised);
-    block_.cell()[cell] = exit.cell;
-    block_.hidden()[cell] = exit.hidden;
-    reinterpret_cast<Storage*>(params.room.outputs.in(block_.shared))[cell] = narrow<Storage>(exit.output);
-    stage(row, exit.hidden, bits);
+    const CellExit<float> exit =
+        finish_cell<Storage>(params.loop.layer.in.options, unpacked_step_masks(params.masks, bits),
+                             block_.gates()[cell.gate(3)], from_zero ? 0.0f : block_.cell()[cell.index()],
+                             from_zero ? 0.0f : block_.hidden()[cell.index()], candidate, normalised);
+    block_.cell()[cell.index()] = exit.cell;
+    block_.hidden()[cell.index()] = exit.hidden;
+    reinterpret_cast<Storage*>(params.room.outputs.in(block_.shared))[cell.index()] = narrow<Storage>(exit.output);
+    stage(cell, exit.hidden, bits);
   }
 
   // h as the next step's product reads it. A row that is past its length is read by nobody.
-  FUSEDREG_DEVICE void stage(int row, float hidden, uint32_t bits) {
+  FUSEDREG_DEVICE void stage(const Cell& cell, float hidden, uint32_t bits) {
     const PersistentForwardParams& params = block_.params;
     Storage* const staged = reinterpret_cast<Storage*>(params.room.staged.in(block_.shared));
     for (int copy = 0; copy < params.shape.copies; ++copy) {
       const Storage value = published_hidden<Storage>(hidden, unpacked_hidden_mask(params.masks, bits, copy),
                                                       (bits & kNextBeginsFromZero) != 0);
-      staged[(copy * params.shape.rows + row) * U + block_.own_unit] = exchanged<Mode>(widen(value));
+      staged[(copy * params.shape.rows + cell.row) * U + cell.unit] = exchanged<Mode>(widen(value));
     }
   }
 
@@ -312,7 +309,7 @@ class PersistentForward {
   FUSEDREG_DEVICE void write_padding() {
     const PersistentForwardParams& params = block_.params;
     for (int s = block_.longest; s < params.loop.layer.in.steps; ++s) {
-      block_.each_cell(0, block_.rows, [&](int row, int) { write_zeros(s, block_.first_row + row); });
+      block_.each_cell(0, block_.rows, [&](const Cell& cell) { write_zeros(cell, s); });
       if (params.shape.norm == NormKind::Batch) write_batch_moments(block_, s, false);
       if (params.shape.norm == NormKind::Layer) write_layer_moments(block_, s, false);
     }
@@ -320,10 +317,10 @@ class PersistentForward {
 
   FUSEDREG_DEVICE void write_final_states() {
     const LayerOutputs& out = block_.params.loop.out;
-    block_.each_cell(0, block_.rows, [&](int row, int cell) {
-      const int64_t at = (block_.first_row + row) * int64_t{block_.params.shape.hidden_size} + block_.unit();
-      static_cast<Storage*>(out.final_hidden)[at] = narrow<Storage>(block_.hidden()[cell]);
-      static_cast<float*>(out.final_cell)[at] = block_.cell()[cell];
+    block_.each_cell(0, block_.rows, [&](const Cell& cell) {
+      const int64_t at = block_.batch_row(cell) * block_.params.shape.hidden_size + block_.unit(cell);
+      static_cast<Storage*>(out.final_hidden)[at] = narrow<Storage>(block_.hidden()[cell.index()]);
+      static_cast<float*>(out.final_cell)[at] = block_.cell()[cell.index()];
     });
   }
 

@@ -14,9 +14,19 @@ struct PersistentForwardParams {
   ForwardRoom room;
 };
 
+// A cell's place in a block's tables.
+template <int U>
+struct ForwardCell {
+  int row;   // of the tile
+  int unit;  // of the block
+  FUSEDREG_DEVICE int index() const { return row * U + unit; }
+  FUSEDREG_DEVICE int gate(int k) const { return row * 5 * U + k * U + unit; }  // ForwardShape::gate_stride
+};
+
 template <int U>
 struct ForwardBlock {
-  static constexpr int kGateStride = 5 * U;             // ForwardShape::gate_stride
+  using Cell = ForwardCell<U>;
+  static constexpr int kGateStride = 5 * U;
   static constexpr int kRowStep = kProductThreads / U;  // between the rows of one thread's cells
   static_assert(kProductThreads % U == 0, "a thread's cells are of one unit");
 
@@ -37,15 +47,16 @@ struct ForwardBlock {
         shared(dynamic_shared()),
         key(mask_key(given.loop.layer.seed, given.masks.layer_direction)),
         first_row(static_cast<int64_t>(block_index() / given.shape.blocks) * given.shape.rows),
-        own_block(block_index() % given.shape.blocks),
-        own_unit(thread_index() % U) {
+        own_block(block_index() % given.shape.blocks) {
     const int64_t left = given.loop.layer.in.rows - first_row;
     rows = left < given.shape.rows ? static_cast<int>(left) : given.shape.rows;
     first_unit = own_block * U;
     units = given.shape.hidden_size - first_unit < U ? given.shape.hidden_size - first_unit : U;
   }
 
-  FUSEDREG_DEVICE int unit() const { return first_unit + own_unit; }
+  // The cell's unit of the layer, and its row of the batch.
+  FUSEDREG_DEVICE int64_t unit(const Cell& cell) const { return first_unit + cell.unit; }
+  FUSEDREG_DEVICE int64_t batch_row(const Cell& cell) const { return first_row + cell.row; }
 
   FUSEDREG_DEVICE float* hidden() const { return params.room.hidden.in(shared); }
   FUSEDREG_DEVICE float* cell() const { return params.room.cell.in(shared); }
@@ -60,16 +71,16 @@ struct ForwardBlock {
   FUSEDREG_DEVICE float* sums() const { return params.room.sums.in(shared); }
   FUSEDREG_DEVICE int length(int row) const { return params.room.lengths.in(shared)[row]; }
 
-  // This thread's cells among rows first ... last - 1 of the tile: action(row, place of the cell in [row][unit]).
+  // This thread's cells among rows first ... last - 1 of the tile, one after another. What is computed from a cell's
+  // place is not to be kept from one step to the next, and the loop not to be unrolled: the registers are for W_hh.
   template <class Action>
   FUSEDREG_DEVICE void each_cell(int first, int last, const Action& action) const {
-    if (own_unit >= units) return;
-    const int own_row = thread_index() / U;
-    int row = first - first % kRowStep + own_row;
+    const int thread = opaque(thread_index()), own = thread % U;
+    if (own >= units) return;
+    int row = first - first % kRowStep + thread / U;
     if (row < first) row += kRowStep;
-    // Unrolled, it would take the registers that W_hh is in.
 #pragma unroll 1
-    for (; row < last; row += kRowStep) action(row, row * U + own_unit);
+    for (; row < last; row += kRowStep) action(ForwardCell<U>{row, own});
   }
 
   // Lengths, biases, gains and shifts. A barrier must follow.
@@ -92,6 +103,7 @@ struct ForwardBlock {
   }
 
   FUSEDREG_DEVICE void find_longest() {
+#pragma unroll 1
     for (int row = 0; row < rows; ++row) {
       if (length(row) > longest) longest = length(row);
     }

@@ -9,23 +9,24 @@ namespace fusedreg::cuda {
 
 // Batch norm keeps [mean, variance, scale][column], the scale times the gain; layer norm [row][mean, variance].
 
-// Gate column `column` (gate * U + unit) of the row, through N_a without its shift.
+// One gate's a of a cell through N_a, without its shift.
 template <int U>
-FUSEDREG_DEVICE float normalised_gate(const ForwardBlock<U>& block, int row, int column, float a) {
+FUSEDREG_DEVICE float normalised_gate(const ForwardBlock<U>& block, const ForwardCell<U>& cell, int gate, float a) {
   const float* const moments = block.gate_moments();
+  const int column = gate * U + cell.unit;
   if (block.params.shape.norm == NormKind::Batch) return (a - moments[column]) * moments[8 * U + column];
-  const Moments<float> of_row{moments[2 * row], moments[2 * row + 1], false};
+  const Moments<float> of_row{moments[2 * cell.row], moments[2 * cell.row + 1], false};
   return (a - of_row.mean) * of_row.scale(block.params.loop.layer.in.norm_eps) * block.gate_constants()[4 * U + column];
 }
 
 template <int U>
-FUSEDREG_DEVICE float normalised_cell(const ForwardBlock<U>& block, int row, float candidate) {
+FUSEDREG_DEVICE float normalised_cell(const ForwardBlock<U>& block, const ForwardCell<U>& cell, float candidate) {
   const float* const moments = block.cell_moments();
-  const float gain = block.cell_constants()[block.own_unit], shift = block.cell_constants()[U + block.own_unit];
+  const float gain = block.cell_constants()[cell.unit], shift = block.cell_constants()[U + cell.unit];
   if (block.params.shape.norm == NormKind::Batch) {
-    return (candidate - moments[block.own_unit]) * moments[2 * U + block.own_unit] + shift;
+    return (candidate - moments[cell.unit]) * moments[2 * U + cell.unit] + shift;
   }
-  const Moments<float> of_row{moments[2 * row], moments[2 * row + 1], false};
+  const Moments<float> of_row{moments[2 * cell.row], moments[2 * cell.row + 1], false};
   return (candidate - of_row.mean) * of_row.scale(block.params.loop.layer.in.norm_eps) * gain + shift;
 }
 

@@ -11,8 +11,8 @@
 
 namespace fusedreg::cuda {
 
-// Chunks of W that a warp keeps in registers: 64 registers a thread at 8 units, 128 at 16 and 32.
-FUSEDREG_HOST_DEVICE constexpr int forward_register_chunks(int units) { return units == 32 ? 2 : 4; }
+// Chunks of W that a warp keeps in registers, at units / 2 * 4 registers a thread each: as many as spill nothing.
+FUSEDREG_HOST_DEVICE constexpr int forward_register_chunks(int units) { return units == 8 ? 4 : units == 16 ? 3 : 2; }
 
 struct ForwardShape {
   bool clustered = false;

@@ -76,11 +76,9 @@ struct GlobalSource {
   int rows, row_bytes;
   int copies;
 
-  FUSEDREG_DEVICE Words4 fetch(int row, int byte, int copy) const {
-    if (row >= rows) return Words4{};
-    const size_t line = static_cast<size_t>(copy) * static_cast<size_t>(rows) + static_cast<size_t>(row);
-    return load_exchanged(
-        reinterpret_cast<const Words4*>(base + line * static_cast<size_t>(row_bytes) + static_cast<size_t>(byte)));
+  // The 16 bytes at `offset` from the base.
+  FUSEDREG_DEVICE Words4 fetch(int offset) const {
+    return load_exchanged(reinterpret_cast<const Words4*>(base + offset));
   }
 };
 
@@ -91,10 +89,7 @@ struct SharedSource {
   int rows, row_bytes;
   int copies;
 
-  FUSEDREG_DEVICE Words4 fetch(int row, int byte, int copy) const {
-    if (row >= rows) return Words4{};
-    return *reinterpret_cast<const Words4*>(base + (copy * rows + row) * row_bytes + byte);
-  }
+  FUSEDREG_DEVICE Words4 fetch(int offset) const { return *reinterpret_cast<const Words4*>(base + offset); }
 };
 
 template <class Mode, int NT, int RC>
@@ -124,7 +119,10 @@ class ResidentProduct {
 #pragma unroll
     for (int c = 0; c < RC; ++c) {
 #pragma unroll
-      for (int nt = 0; nt < NT; ++nt) resident_[c][nt] = c < chunks_ ? fragment(weights, c, nt) : Words4{};
+      for (int nt = 0; nt < NT; ++nt) {
+        resident_[c][nt] = c < chunks_ ? fragment(weights, c, nt) : Words4{};
+        sync_warp();  // so that no more than a fragment's loads wait in registers
+      }
     }
     for (int c = RC; c < chunks_; ++c) {
       for (int nt = 0; nt < NT; ++nt) fragment_at(c, nt) = fragment(weights, c, nt);
@@ -135,7 +133,7 @@ class ResidentProduct {
   // chunks leaves zeros.
   template <class Source>
   FUSEDREG_DEVICE void multiply(const Source& source, int first_row, int tiles, float* partials, int partial_rows) {
-    float* own = partials + static_cast<size_t>(warp_index() * partial_rows) * kPartialStride;
+    float* own = partials + warp_index() * partial_rows * kPartialStride;
     Fetched ahead[RC];
     if constexpr (Mode::kMatrixInstructions && NT % 4 == 0) {
       if (source.copies > 1) return multiply_gates(source, first_row, tiles, own, ahead);
@@ -219,10 +217,15 @@ class ResidentProduct {
   FUSEDREG_DEVICE static int lane_column(int nt) { return NT < 4 ? lane() % kColumns : nt / 4 * 32 + lane(); }
   FUSEDREG_DEVICE static int lane_value(int nt) { return (NT < 4 ? lane() / kColumns * NT + nt : nt % 4) * 4; }
 
+  // `row` is the tile's first. Offsets fit 32 bits, and are cheap: nothing of them is to be kept from step to step in
+  // registers that W could use.
   template <class Source>
   FUSEDREG_DEVICE Fetched fetch(const Source& source, int row, int c, int copy) const {
-    const int byte = (first_chunk_ + c) * kChunkBytes + lane() % 4 * 16;
-    return {source.fetch(row + lane() / 4, byte, copy), source.fetch(row + lane() / 4 + 8, byte, copy)};
+    const int upper = row + opaque(lane()) / 4, lower = upper + 8;
+    const int offset =
+        (copy * source.rows + upper) * source.row_bytes + (first_chunk_ + c) * kChunkBytes + lane() % 4 * 16;
+    return {upper < source.rows ? source.fetch(offset) : Words4{},
+            lower < source.rows ? source.fetch(offset + 8 * source.row_bytes) : Words4{}};
   }
   template <class Source>
   FUSEDREG_DEVICE void fetch_ahead(Fetched (&ahead)[RC], const Source& source, int row, int copy) const {

@@ -41,6 +41,8 @@ inline int grid_blocks() { return emulation::launched().grid_x; }
 inline int lane() { return thread_index() & 31; }
 inline int warp_index() { return thread_index() >> 5; }
 
+inline int opaque(int value) { return value; }
+
 inline char* dynamic_shared() { return emulation::running().block->shared; }
 
 inline void sync_block(FUSEDREG_CALLER) { emulation::meet_block({"sync_block", file, line}); }
