@@ -53,7 +53,7 @@ def column_squares(total, value, mean, valid):
 @triton.jit
 def products(s, units, tiles, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """Store the raw ``a`` of every row, and return its column sums, gate by gate."""
-    sum_i = tl.zeros([BLOCK.units], tl.float32)
+    sum_i = tl.zeros([units.shape[0]], tl.float32)
     sum_f = sum_i
     sum_g = sum_i
     sum_o = sum_i
@@ -75,7 +75,7 @@ def products(s, units, tiles, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.c
 @triton.jit
 def squares(s, mean_i, mean_f, mean_g, mean_o, units, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """The sums of squares of the raw ``a`` around its means, gate by gate."""
-    sum_i = tl.zeros([BLOCK.units], tl.float32)
+    sum_i = tl.zeros([units.shape[0]], tl.float32)
     sum_f = sum_i
     sum_g = sum_i
     sum_o = sum_i
@@ -109,7 +109,7 @@ def gate_norm(s, gate, mean, var, count, units, tensors, numbers, LAYER: tl.cons
 @triton.jit
 def cell_squares(s, mean, units, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """The sums of squares of the candidate cells around their means."""
-    total = tl.zeros([BLOCK.units], tl.float32)
+    total = tl.zeros([units.shape[0]], tl.float32)
     first = tl.full((), 0, tl.int32)
     while first < numbers.sizes.rows:
         rows = first + tl.arange(0, BLOCK.rows)
@@ -154,7 +154,7 @@ def batch_step_of_units(s, units, tiles, tensors, numbers, LAYER: tl.constexpr, 
         mean_f, scale_f = gate_norm(s, 1, mean_f, var_f / divisor, count, units, tensors, numbers, LAYER)
         mean_g, scale_g = gate_norm(s, 2, mean_g, var_g / divisor, count, units, tensors, numbers, LAYER)
         mean_o, scale_o = gate_norm(s, 3, mean_o, var_o / divisor, count, units, tensors, numbers, LAYER)
-    total = tl.zeros([BLOCK.units], tl.float32)
+    total = tl.zeros([units.shape[0]], tl.float32)
     first = tl.full((), 0, tl.int32)
     while first < numbers.sizes.rows:
         rows = first + tl.arange(0, BLOCK.rows)

@@ -82,15 +82,16 @@ def scaled(a, gate, mean, scale, units, tensors, LAYER: tl.constexpr):
 def step_of_rows(s, rows, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """A whole step of some rows, from their stored raw ``a``."""
     size: tl.constexpr = LAYER.hidden_size
+    wide: tl.constexpr = BLOCK.wide
     eps = numbers.rates.eps
     valid, position, resets = tile_order(s, rows, tensors, numbers, LAYER)
     if LAYER.norm_recurrent:
-        mean, var = row_moments(rows, valid, position, tensors, numbers, LAYER, BLOCK.wide)
+        mean, var = row_moments(rows, valid, position, tensors, numbers, LAYER, wide)
         store_row_moments(tensors.results.recurrent_statistics, rows, position, mean, var, numbers)
         scale = 1.0 / tl.sqrt_rn(var + eps)
-    total = tl.zeros([rows.shape[0], BLOCK.wide], tl.float32)
-    for first in range(0, size, BLOCK.wide):
-        units = first + tl.arange(0, BLOCK.wide)
+    total = tl.zeros([rows.shape[0], wide], tl.float32)
+    for first in range(0, size, wide):
+        units = first + tl.arange(0, wide)
         z_i, z_f, z_g, z_o = load_terms(rows, units, valid, position, tensors, numbers, LAYER)
         previous_hidden, previous_cell = load_states(rows, units, valid, resets, tensors, LAYER)
         zone_hidden, zone_cell, update, cell, output = draw_masks(rows, units, position, tensors, numbers, LAYER)
@@ -115,11 +116,11 @@ def step_of_rows(s, rows, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.const
     if LAYER.norm_cell:
         tl.debug_barrier()  # what one thread has stored another may load
         cell_mean = tl.sum(total, 1) / size
-        cell_var = candidate_squares(rows, cell_mean, valid, tensors, LAYER, BLOCK.wide) / size
+        cell_var = candidate_squares(rows, cell_mean, valid, tensors, LAYER, wide) / size
         store_row_moments(tensors.results.cell_statistics, rows, position, cell_mean, cell_var, numbers)
         cell_scale = 1.0 / tl.sqrt_rn(cell_var + eps)
-        for first in range(0, size, BLOCK.wide):
-            units = first + tl.arange(0, BLOCK.wide)
+        for first in range(0, size, wide):
+            units = first + tl.arange(0, wide)
             known = units < size
             previous_hidden, previous_cell = load_states(rows, units, valid, resets, tensors, LAYER)
             zone_hidden, zone_cell, update, cell, output = draw_masks(rows, units, position, tensors, numbers, LAYER)

@@ -51,8 +51,10 @@ def load_weight(gate, units, first_column, tensors, LAYER: tl.constexpr, BLOCK: 
 def resident_weights(units, tensors, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """Every tile of ``W_hh`` that a program with these units ever needs, to be held over all steps; or nothing."""
     tiles = ()
+    size: tl.constexpr = LAYER.hidden_size
+    width: tl.constexpr = BLOCK.columns
     if BLOCK.resident:
-        for chunk in tl.static_range(0, LAYER.hidden_size, BLOCK.columns):
+        for chunk in tl.static_range(0, size, width):
             for gate in tl.static_range(4):
                 tiles = tiles + (load_weight(gate, units, chunk, tensors, LAYER, BLOCK),)
     return tiles
@@ -71,6 +73,7 @@ def add_products(
     a_i, a_f, a_g, a_o, start, copy, chunk, live, w_i, w_f, w_g, w_o, LAYER: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Add the products of one tile of columns to the four gates' sums."""
+    precision: tl.constexpr = BLOCK.precision
     h_i = exchanged(start, chunk, live, LAYER, BLOCK)
     if LAYER.hidden_dropout == UNTIED:
         h_f = exchanged(start + copy, chunk, live, LAYER, BLOCK)
@@ -81,10 +84,10 @@ def add_products(
         h_g = h_i
         h_o = h_i
     return (
-        dot(h_i, w_i, a_i, BLOCK.precision),
-        dot(h_f, w_f, a_f, BLOCK.precision),
-        dot(h_g, w_g, a_g, BLOCK.precision),
-        dot(h_o, w_o, a_o, BLOCK.precision),
+        dot(h_i, w_i, a_i, precision),
+        dot(h_f, w_f, a_f, precision),
+        dot(h_g, w_g, a_g, precision),
+        dot(h_o, w_o, a_o, precision),
     )
 
 
@@ -100,11 +103,11 @@ def recurrent_product(s, rows, units, live, tiles, tensors, numbers, LAYER: tl.c
     a_g = a_i
     a_o = a_i
     if BLOCK.resident:
-        for chunk in tl.static_range(0, size, BLOCK.columns):
-            at: tl.constexpr = chunk // BLOCK.columns * 4
+        chunks: tl.constexpr = (size + BLOCK.columns - 1) // BLOCK.columns
+        for index in tl.static_range(chunks):
             a_i, a_f, a_g, a_o = add_products(
-                a_i, a_f, a_g, a_o, start, copy, chunk, live,
-                tiles[at], tiles[at + 1], tiles[at + 2], tiles[at + 3], LAYER, BLOCK,
+                a_i, a_f, a_g, a_o, start, copy, index * BLOCK.columns, live,
+                tiles[4 * index], tiles[4 * index + 1], tiles[4 * index + 2], tiles[4 * index + 3], LAYER, BLOCK,
             )  # fmt: skip
     else:
         for chunk in range(0, size, BLOCK.columns):
