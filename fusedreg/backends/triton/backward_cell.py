@@ -16,9 +16,9 @@ from fusedreg.backends.triton.jit_tile import row_order, row_resets, tile_masks
 
 @triton.jit
 def gate_value(gate: tl.constexpr, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates,
-               LAYER: tl.constexpr, ACTIVATED: tl.constexpr):  # fmt: skip
+               LAYER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One gate after its activation, as the forward kept it or rebuilt."""
-    if ACTIVATED:
+    if BLOCK.activated:
         HIDDEN: tl.constexpr = LAYER.hidden_size
         at = (position.to(tl.int64) * sizes.rows + rows)[:, None] * (4 * HIDDEN) + gate * HIDDEN + units[None, :]
         kept = tl.load(saved.gates + at, mask=here, other=0)
@@ -107,7 +107,7 @@ def store_gates(target, rows, units, position, dz, here, sizes, LAYER: tl.conste
 
 @triton.jit
 def enter_tile(s, rows, units, grad_hidden, of_batch, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
-               ACTIVATED: tl.constexpr):  # fmt: skip
+               BLOCK: tl.constexpr):  # fmt: skip
     """A tile from ``dh`` and ``dc`` to the edge of ``N_c``.
 
     Returns three tuples: where its rows are (``valid, position, resets, here``); the cell (``i, f, g, o``, ``c_{s-1}``,
@@ -120,10 +120,10 @@ def enter_tile(s, rows, units, grad_hidden, of_batch, loop, saved, grads, sizes,
     gradients = incoming(
         s, rows, units, position, here, grad_hidden, zone_hidden, zone_cell, output_mask, grads, sizes, LAYER
     )
-    i = gate_value(0, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, ACTIVATED)
-    f = gate_value(1, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, ACTIVATED)
-    g = gate_value(2, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, ACTIVATED)
-    o = gate_value(3, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, ACTIVATED)
+    i = gate_value(0, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, BLOCK)
+    f = gate_value(1, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, BLOCK)
+    g = gate_value(2, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, BLOCK)
+    o = gate_value(3, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, BLOCK)
     previous = previous_cells(s, rows, units, position, resets, here, loop, saved, sizes, LAYER)
     candidate = candidate_cell(i, f, g, previous, update, cell_mask)
     return (valid, position, resets, here), (i, f, g, o, previous, update, cell_mask, candidate), gradients
@@ -133,7 +133,5 @@ def enter_tile(s, rows, units, grad_hidden, of_batch, loop, saved, grads, sizes,
 def leave_tile(cell, grad_candidate, grad_o):
     """From the candidate cell's gradient, and ``o``'s, to ``dz`` of the four gates and ``c_{s-1}``'s share by ``f``."""
     i, f, g, o, previous, update, cell_mask, _ = cell
-    dz_i, dz_f, dz_g, dz_o, through_forget = leave_cell(
-        i, f, g, o, previous, update, cell_mask, grad_candidate, grad_o
-    )
+    dz_i, dz_f, dz_g, dz_o, through_forget = leave_cell(i, f, g, o, previous, update, cell_mask, grad_candidate, grad_o)
     return (dz_i, dz_f, dz_g, dz_o), through_forget

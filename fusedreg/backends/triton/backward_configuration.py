@@ -38,9 +38,7 @@ class BackwardConfiguration(NamedTuple):
     rows_launch: dict[str, Any]
 
 
-def backward_configuration(
-    layer: Layer, *, activated: bool, persistent: bool | None = None
-) -> BackwardConfiguration:
+def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | None = None) -> BackwardConfiguration:
     """The kernel and the tiles of a backward loop.
 
     Args:

@@ -25,11 +25,12 @@ def keys(loop):
 
 @triton.jit
 def product_of_gate(total, sources, passing, units, gate_offset, weight, grad_recurrent, DEPTH: tl.constexpr,
-                    HIDDEN: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                    HIDDEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """``total + da W`` over ``DEPTH`` columns of ``da`` from ``gate_offset`` on; ``sources`` are the rows of ``da``."""
     inside = units[None, :] < HIDDEN
-    for first in range(0, DEPTH, K):
-        columns = first + tl.arange(0, K)
+    precision: tl.constexpr = BLOCK.precision
+    for first in range(0, DEPTH, BLOCK.columns):
+        columns = first + tl.arange(0, BLOCK.columns)
         a = tl.load(
             grad_recurrent + sources[:, None] + gate_offset + columns[None, :],
             mask=passing[:, None] & (columns[None, :] < DEPTH),
@@ -40,13 +41,12 @@ def product_of_gate(total, sources, passing, units, gate_offset, weight, grad_re
             mask=(columns[:, None] < DEPTH) & inside,
             other=0.0,
         )
-        total = dot(a, b, total, PRECISION)
+        total = dot(a, b, total, precision)
     return total
 
 
 @triton.jit
-def hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER: tl.constexpr, K: tl.constexpr,
-                    PRECISION: tl.constexpr):  # fmt: skip
+def hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """``dh`` of a tile at the end of step ``s``, from ``da`` and ``direct`` of step ``s + 1``; ``s`` may be -1."""
     HIDDEN: tl.constexpr = LAYER.hidden_size
     here = (rows[:, None] < sizes.rows) & (units[None, :] < HIDDEN)
@@ -63,11 +63,11 @@ def hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER: tl.constex
             blank = total
             for gate in tl.static_range(4):
                 part = product_of_gate(blank, sources, passing, units, gate * HIDDEN, loop.weight_hh,
-                                       grads.grad_recurrent, HIDDEN, HIDDEN, K, PRECISION)  # fmt: skip
+                                       grads.grad_recurrent, HIDDEN, HIDDEN, BLOCK)  # fmt: skip
                 total += tl.where(is_below(words[gate], rates.hidden_threshold), 0.0, part)
         else:
             total = product_of_gate(total, sources, passing, units, 0, loop.weight_hh, grads.grad_recurrent,
-                                    4 * HIDDEN, HIDDEN, K, PRECISION)  # fmt: skip
+                                    4 * HIDDEN, HIDDEN, BLOCK)  # fmt: skip
             if LAYER.hidden_dropout == TIED:
                 key0, key1 = keys(loop)
                 words = family_words(units[None, :], rows[:, None], SEQUENCE, rates.stream, key0, key1)
@@ -77,9 +77,8 @@ def hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER: tl.constex
 
 
 @triton.jit
-def keep_hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER: tl.constexpr, K: tl.constexpr,
-                         PRECISION: tl.constexpr):  # fmt: skip
+def keep_hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """``dh`` of a tile, left in ``grads.hidden`` for a later pass or as the initial state's gradient."""
-    grad = hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, K, PRECISION)
+    grad = hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
     present = (rows[:, None] < sizes.rows) & (units[None, :] < LAYER.hidden_size)
     tl.store(grads.hidden + rows[:, None] * LAYER.hidden_size + units[None, :], grad, mask=present)

@@ -30,12 +30,11 @@ from fusedreg.backends.triton.jit_tile import NORM_BATCH, NORM_LAYER
 
 
 @triton.jit
-def plain_tile(s, rows, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, K: tl.constexpr,
-               PRECISION: tl.constexpr, ACTIVATED: tl.constexpr):  # fmt: skip
+def plain_tile(s, rows, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """A step of a tile without a norm: the product, the cell and ``da`` in one go."""
-    grad_hidden = hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, K, PRECISION)
+    grad_hidden = hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
     place, cell, gradients = enter_tile(
-        s, rows, units, grad_hidden, s * 0, loop, saved, grads, sizes, rates, LAYER, ACTIVATED
+        s, rows, units, grad_hidden, s * 0, loop, saved, grads, sizes, rates, LAYER, BLOCK
     )
     valid, position, resets, here = place
     direct, grad_output, grad_previous, grad_candidate, carried = gradients
@@ -57,11 +56,11 @@ def kept_hidden_gradient(rows, units, grads, sizes, LAYER: tl.constexpr):
 
 @triton.jit
 def argument_tile(s, rows, units, of_batch, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
-                   ACTIVATED: tl.constexpr):  # fmt: skip
+                  BLOCK: tl.constexpr):  # fmt: skip
     """A tile up to the gradient of ``N_c``'s result, before its averages are known."""
     grad_hidden = kept_hidden_gradient(rows, units, grads, sizes, LAYER)
     place, cell, gradients = enter_tile(
-        s, rows, units, grad_hidden, of_batch, loop, saved, grads, sizes, rates, LAYER, ACTIVATED
+        s, rows, units, grad_hidden, of_batch, loop, saved, grads, sizes, rates, LAYER, BLOCK
     )
     normalised, argument, gain, scale = cell_term(
         cell[7], s, rows, units, place[0], place[1], of_batch, place[3], loop, saved, sizes, rates, LAYER
@@ -78,14 +77,13 @@ def column_sums(values, products):
 
 
 @triton.jit
-def batch_units(s, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
-                PRECISION: tl.constexpr, ACTIVATED: tl.constexpr):  # fmt: skip
+def batch_units(s, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """A step with batch norm, for some units of every row."""
     HIDDEN: tl.constexpr = LAYER.hidden_size
     first = tl.full((), 0, tl.int32)
     while first < sizes.rows:
-        keep_hidden_gradient(s, first + tl.arange(0, R), units, loop, grads, sizes, rates, LAYER, K, PRECISION)
-        first += R
+        keep_hidden_gradient(s, first + tl.arange(0, BLOCK.rows), units, loop, grads, sizes, rates, LAYER, BLOCK)
+        first += BLOCK.rows
     tl.debug_barrier()
     if s >= 0:
         of_batch = averaged_rows(s, grads, LAYER)
@@ -96,14 +94,14 @@ def batch_units(s, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
         if LAYER.norm_cell:
             first = tl.full((), 0, tl.int32)
             while first < sizes.rows:
-                rows = first + tl.arange(0, R)
+                rows = first + tl.arange(0, BLOCK.rows)
                 _, _, _, _, norm, grad_argument, _ = argument_tile(
-                    s, rows, units, of_batch, loop, saved, grads, sizes, rates, LAYER, ACTIVATED
+                    s, rows, units, of_batch, loop, saved, grads, sizes, rates, LAYER, BLOCK
                 )
                 total, products = column_sums(grad_argument, grad_argument * norm[0])
                 cell_sum += total
                 cell_products += products
-                first += R
+                first += BLOCK.rows
             at = grads.cell_sums + s.to(tl.int64) * 2 * HIDDEN + units
             tl.store(at, cell_sum, mask=units < HIDDEN)
             tl.store(at + HIDDEN, cell_products, mask=units < HIDDEN)
@@ -111,9 +109,9 @@ def batch_units(s, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
         products_i, products_f, products_g, products_o = blank, blank, blank, blank
         first = tl.full((), 0, tl.int32)
         while first < sizes.rows:
-            rows = first + tl.arange(0, R)
+            rows = first + tl.arange(0, BLOCK.rows)
             grad_hidden, place, cell, gradients, norm, grad_argument, grad_o = argument_tile(
-                s, rows, units, of_batch, loop, saved, grads, sizes, rates, LAYER, ACTIVATED
+                s, rows, units, of_batch, loop, saved, grads, sizes, rates, LAYER, BLOCK
             )
             valid, position, resets, here = place
             direct, _, grad_previous, grad_candidate, carried = gradients
@@ -135,13 +133,21 @@ def batch_units(s, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
                 store_gates(grads.grad_gates, rows, units, position, dz, here, sizes, LAYER)
             pass_on(s, rows, units, valid, resets, grad_hidden, direct, carried, grad_previous + through_forget, grads,
                     sizes, LAYER)  # fmt: skip
-            first += R
+            first += BLOCK.rows
         if LAYER.norm_recurrent:
             tl.debug_barrier()
-            recurrent_gate(0, sum_i, products_i, share, s, units, of_batch, loop, saved, grads, sizes, rates, LAYER, R)
-            recurrent_gate(1, sum_f, products_f, share, s, units, of_batch, loop, saved, grads, sizes, rates, LAYER, R)
-            recurrent_gate(2, sum_g, products_g, share, s, units, of_batch, loop, saved, grads, sizes, rates, LAYER, R)
-            recurrent_gate(3, sum_o, products_o, share, s, units, of_batch, loop, saved, grads, sizes, rates, LAYER, R)
+            recurrent_gate(
+                0, sum_i, products_i, share, s, units, of_batch, loop, saved, grads, sizes, rates, LAYER, BLOCK
+            )
+            recurrent_gate(
+                1, sum_f, products_f, share, s, units, of_batch, loop, saved, grads, sizes, rates, LAYER, BLOCK
+            )
+            recurrent_gate(
+                2, sum_g, products_g, share, s, units, of_batch, loop, saved, grads, sizes, rates, LAYER, BLOCK
+            )
+            recurrent_gate(
+                3, sum_o, products_o, share, s, units, of_batch, loop, saved, grads, sizes, rates, LAYER, BLOCK
+            )
 
 
 @triton.jit
@@ -155,14 +161,14 @@ def gate_sums(gate: tl.constexpr, dz, s, rows, units, place, of_batch, loop, sav
 
 @triton.jit
 def recurrent_gate(gate: tl.constexpr, total, products, share, s, units, of_batch, loop, saved, grads, sizes, rates,
-                   LAYER: tl.constexpr, R: tl.constexpr):  # fmt: skip
+                   LAYER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """``da`` of one gate from ``dz``, whose sums are known now."""
     HIDDEN: tl.constexpr = LAYER.hidden_size
     columns = gate * HIDDEN + units
     mean, slope = (total * share)[None, :], (products * share)[None, :]
     first = tl.full((), 0, tl.int32)
     while first < sizes.rows:
-        rows = first + tl.arange(0, R)
+        rows = first + tl.arange(0, BLOCK.rows)
         valid, position, _, here = step_tile(s, rows, units, loop, sizes, LAYER)
         term, gain, scale = recurrent_term(gate, s, rows, units, valid, position, of_batch, here, loop, saved, sizes,
                                            rates, LAYER)  # fmt: skip
@@ -171,18 +177,17 @@ def recurrent_gate(gate: tl.constexpr, total, products, share, s, units, of_batc
         dz = tl.load(grads.grad_gates + at, mask=here, other=0.0)
         da = tl.where(here, gain * scale * (dz - mean - term * slope), 0.0)
         tl.store(grads.grad_recurrent + at, narrow(da, grads.grad_recurrent.dtype.element_ty), mask=present)
-        first += R
+        first += BLOCK.rows
 
 
 @triton.jit
-def layer_row(s, row, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, WIDTH: tl.constexpr,
-              ACTIVATED: tl.constexpr):  # fmt: skip
-    """A step with layer norm, for one row; its ``dh`` is there already. ``WIDTH`` is a power of two from H on."""
+def layer_row(s, row, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, BLOCK: tl.constexpr):
+    """A step with layer norm, for one row; its ``dh`` is there already."""
     HIDDEN: tl.constexpr = LAYER.hidden_size
     rows = row + tl.arange(0, 1)
-    units = tl.arange(0, WIDTH)
+    units = tl.arange(0, BLOCK.wide)
     grad_hidden, place, cell, gradients, norm, grad_argument, grad_o = argument_tile(
-        s, rows, units, s * 0, loop, saved, grads, sizes, rates, LAYER, ACTIVATED
+        s, rows, units, s * 0, loop, saved, grads, sizes, rates, LAYER, BLOCK
     )
     valid, position, resets, here = place
     direct, _, grad_previous, grad_candidate, carried = gradients
@@ -234,22 +239,17 @@ def units_stage(s, unit_tile, row_tile, tensors, numbers, LAYER: tl.constexpr, B
     units = unit_tile * BLOCK.units + tl.arange(0, BLOCK.units)
     rows = row_tile * BLOCK.rows + tl.arange(0, BLOCK.rows)
     if BLOCK.norm == NORM_BATCH:
-        batch_units(s, units, loop, saved, grads, numbers.sizes, numbers.rates, LAYER, BLOCK.rows, BLOCK.columns,
-                    BLOCK.precision, BLOCK.activated)  # fmt: skip
+        batch_units(s, units, loop, saved, grads, numbers.sizes, numbers.rates, LAYER, BLOCK)
     elif BLOCK.norm == NORM_LAYER:
-        keep_hidden_gradient(s, rows, units, loop, grads, numbers.sizes, numbers.rates, LAYER, BLOCK.columns,
-                             BLOCK.precision)  # fmt: skip
+        keep_hidden_gradient(s, rows, units, loop, grads, numbers.sizes, numbers.rates, LAYER, BLOCK)
     else:
         if s >= 0:
-            plain_tile(s, rows, units, loop, saved, grads, numbers.sizes, numbers.rates, LAYER, BLOCK.columns,
-                       BLOCK.precision, BLOCK.activated)  # fmt: skip
+            plain_tile(s, rows, units, loop, saved, grads, numbers.sizes, numbers.rates, LAYER, BLOCK)
         else:
-            keep_hidden_gradient(s, rows, units, loop, grads, numbers.sizes, numbers.rates, LAYER, BLOCK.columns,
-                                 BLOCK.precision)  # fmt: skip
+            keep_hidden_gradient(s, rows, units, loop, grads, numbers.sizes, numbers.rates, LAYER, BLOCK)
 
 
 @triton.jit
 def rows_stage(s, row, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """The second stage of a step with layer norm in the loop, for one row."""
-    layer_row(s, row, tensors.inputs, tensors.saved, tensors.grads, numbers.sizes, numbers.rates, LAYER, BLOCK.wide,
-              BLOCK.activated)  # fmt: skip
+    layer_row(s, row, tensors.inputs, tensors.saved, tensors.grads, numbers.sizes, numbers.rates, LAYER, BLOCK)
