@@ -3,9 +3,25 @@
 #pragma once
 
 #include "exchange.cuh"
+#include "loop.h"
+#include "masks.cuh"
 #include "persistent_backward_shape.h"
 
 namespace fusedreg::cuda {
+
+// What the kernel is given. What the host can compute, it does: kernels read it as constants, in no register.
+struct PersistentBackwardParams {
+  BackwardLoop loop;
+  LoopMasks<float> masks;
+  BackwardShape shape;
+  BackwardRoom room;
+  ExchangeLayout exchange;
+
+  template <class Value>
+  FUSEDREG_DEVICE Value* shared(int place) const {
+    return reinterpret_cast<Value*>(dynamic_shared() + place);
+  }
+};
 
 // Rounded before anything is added to it: a mean that is subtracted from what it was taken of must cancel to exactly
 // zero where all values are alike, which a product fused into the addition would not.
@@ -20,8 +36,7 @@ FUSEDREG_DEVICE float rounded_product(float a, float b) {
 template <int kUnits>
 class BackwardSums {
  public:
-  FUSEDREG_DEVICE BackwardSums(const BackwardShape& shape, const BackwardRoom& room, Exchange& exchange)
-      : shape_(shape), room_(room), exchange_(exchange) {}
+  FUSEDREG_DEVICE explicit BackwardSums(const PersistentBackwardParams& params) : params_(params) {}
 
   // Batch norm: rows that take part in the statistics; 0 where these are constants.
   FUSEDREG_DEVICE void set_count(int count) { count_ = count; }
@@ -31,7 +46,7 @@ class BackwardSums {
   // norm leaves the block's two numbers of the row.
   template <int N>
   FUSEDREG_DEVICE void collect(float (&over_rows)[8], const float (&terms)[N], int row) const {
-    if (shape_.norm == NormKind::Batch) {
+    if (params_.shape.norm == NormKind::Batch) {
 #pragma unroll
       for (int k = 0; k < N; ++k) over_rows[k] += terms[k];
       return;
@@ -44,22 +59,23 @@ class BackwardSums {
       pair[0] += shuffle_xor(pair[0], mask);
       pair[1] += shuffle_xor(pair[1], mask);
     }
-    if (lane() % kUnits == 0 && row < shape_.rows) {
-      room_.sums[2 * row] = pair[0];
-      room_.sums[2 * row + 1] = pair[1];
+    if (lane() % kUnits == 0 && row < params_.shape.rows) {
+      float* const sums = params_.shared<float>(params_.room.sums) + 2 * row;
+      sums[0] = pair[0];
+      sums[1] = pair[1];
     }
   }
 
-  // When all cells have been collected; centred() then knows the means. All threads together.
+  // When all cells have been collected, all threads together. Batch norm: makes means of the sums over rows.
   template <int N>
-  FUSEDREG_DEVICE void finish(float (&over_rows)[8]) {
-    if (shape_.norm == NormKind::Layer) {
-      exchange_.publish_rows(room_.sums);
-      exchange_.sum_rows(room_.totals);
+  FUSEDREG_DEVICE void finish(float (&over_rows)[8], Exchange& exchange) {
+    if (params_.shape.norm == NormKind::Layer) {
+      exchange.publish_rows(params_.shared<float>(params_.room.sums));
+      exchange.sum_rows(params_.shared<float>(params_.room.totals));
       return;
     }
     // N_c's sums and N_a's have places of their own, so that nobody writes where a slower thread still reads.
-    float* const room = room_.sums + (N == 2 ? 0 : 2 * kProductWarps * kUnits);
+    float* const room = params_.shared<float>(params_.room.sums) + (N == 2 ? 0 : 2 * kProductWarps * kUnits);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
 #pragma unroll
@@ -73,29 +89,25 @@ class BackwardSums {
       float sum = 0;
 #pragma unroll
       for (int warp = 0; warp < kProductWarps; ++warp) sum += room[(k * kProductWarps + warp) * kUnits + column];
-      means_[k] = count_ == 0 ? 0.0f : sum / static_cast<float>(count_);
+      over_rows[k] = count_ == 0 ? 0.0f : sum / static_cast<float>(count_);
     }
   }
 
-  // v - mean(v) - x_hat mean(v x_hat), of the N / 2 values' number `which`; layer norm has one mean over all, of
-  // `values` values a row.
-  template <int N>
-  FUSEDREG_DEVICE float centred(int which, int row, float value, float normalised, int64_t values) const {
-    float mean = means_[which], slope = means_[N / 2 + which];
-    if (shape_.norm == NormKind::Layer) {
+  // v - mean(v) - x_hat mean(v x_hat). Batch norm is given the means; layer norm has them of the row, of `values`
+  // values.
+  FUSEDREG_DEVICE float centred(float mean, float slope, int row, float value, float normalised, int64_t values) const {
+    if (params_.shape.norm == NormKind::Layer) {
       const float inverse = 1.0f / static_cast<float>(values);
-      mean = room_.totals[2 * row] * inverse;
-      slope = room_.totals[2 * row + 1] * inverse;
+      const float* const totals = params_.shared<float>(params_.room.totals) + 2 * row;
+      mean = totals[0] * inverse;
+      slope = totals[1] * inverse;
     }
     return (value - mean) - normalised * slope;
   }
 
  private:
-  const BackwardShape& shape_;
-  const BackwardRoom& room_;
-  Exchange& exchange_;
+  const PersistentBackwardParams& params_;
   int count_ = 0;
-  float means_[8] = {};  // batch norm: of this thread's unit, values before products
 };
 
 }  // namespace fusedreg::cuda

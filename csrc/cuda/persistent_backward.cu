@@ -60,10 +60,12 @@ void persistent_backward(const BackwardLoop& loop, const Choice& choice) {
   params.loop = loop;
   params.masks = loop_masks<float>(in);
   params.shape = backward_shape(in, choice);
+  params.room = backward_room(params.shape);
+  params.exchange = params.shape.exchange();
   Launch how;
   how.grid_x = choice.blocks * choice.tiles;
   how.threads = kProductThreads;
-  how.shared_bytes = backward_shared_bytes(params.shape);
+  how.shared_bytes = params.room.bytes;
   how.stream = loop.stream;
   if (choice.tier == Tier::Cluster) {
     how.cluster = choice.blocks;

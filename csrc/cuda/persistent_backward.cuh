@@ -24,13 +24,13 @@ class PersistentBackward {
   using Cells = BackwardCells<Mode, NT>;
 
  public:
-  FUSEDREG_DEVICE PersistentBackward(const PersistentBackwardParams& params)
-      : shape_(params.shape),
-        room_(params.shape, dynamic_shared()),
-        exchange_(params.shape.exchange(), params.shape.clustered,
-                  params.shape.clustered ? static_cast<void*>(room_.exchange) : params.loop.scratch),
-        product_(room_.product, params.shape.most_chunks(), first_chunk(), chunks()),
-        cells_(params, room_, exchange_) {}
+  FUSEDREG_DEVICE explicit PersistentBackward(const PersistentBackwardParams& params)
+      : params_(params),
+        shape_(params.shape),
+        exchange_(params.exchange, params.shape.clustered,
+                  params.shape.clustered ? params.shared<void>(params.room.exchange) : params.loop.scratch),
+        product_(params.shared<char>(params.room.product), params.shape.most_chunks(), first_chunk(), chunks()),
+        cells_(params, exchange_.own_block()) {}
 
   FUSEDREG_DEVICE void run() {
     exchange_.begin();
@@ -41,10 +41,10 @@ class PersistentBackward {
     if (longest > 0) cells_.prepare(longest - 1);
     sync_block();
     for (int64_t s = longest - 1; s >= 0; --s) {
-      cells_.step(s);
+      cells_.step(s, exchange_);
       if (s == 0 && cells_.loop.grad_initial_hidden == nullptr) break;
-      exchange_.publish(room_.staged);
-      if (s > 0) cells_.prepare(s - 1);
+      exchange_.publish(params_.shared<char>(params_.room.staged));
+      cells_.prepare(s - 1);
       to_hidden(s);
     }
     cells_.write_initial();
@@ -70,34 +70,35 @@ class PersistentBackward {
     });
   }
 
-  // dh of the step before. Its prepared masks are not in place yet where `began` is asked: see BackwardCells.
+  // dh of the step before, from everybody's da.
   FUSEDREG_DEVICE void to_hidden(int64_t s) {
     const int chunk_units = shape_.padded_hidden() / shape_.chunks_of_gate();
     const int first = warp_index() % 2 * shape_.most_chunks() * chunk_units;
     const int last = first + chunks() * chunk_units;
     const int last_block = (last + kUnits - 1) / kUnits;
     exchange_.wait(first / kUnits, last_block < shape_.blocks ? last_block : shape_.blocks);
-    const ExchangeLayout layout = shape_.exchange();
+    const ExchangeLayout& layout = params_.exchange;
+    float* const partials = params_.shared<float>(params_.room.partials);
     for (int tile = 0; tile < shape_.tiles(); tile += shape_.tiles_of_pass()) {
       const int left = shape_.tiles() - tile, tiles = left < shape_.tiles_of_pass() ? left : shape_.tiles_of_pass();
       const int row = tile * kTileRows, partial_rows = tiles * kTileRows;
       if (tile > 0) sync_block();  // the last pass's sums have been read
       if (shape_.clustered) {
-        product_.multiply(SharedSource{exchange_.buffer(), layout.lines, layout.line_bytes, 1}, row, tiles,
-                          room_.partials, partial_rows);
+        product_.multiply(SharedSource{exchange_.buffer(), layout.lines, layout.line_bytes, 1}, row, tiles, partials,
+                          partial_rows);
       } else {
-        product_.multiply(GlobalSource{exchange_.buffer(), layout.lines, layout.line_bytes, 1}, row, tiles,
-                          room_.partials, partial_rows);
+        product_.multiply(GlobalSource{exchange_.buffer(), layout.lines, layout.line_bytes, 1}, row, tiles, partials,
+                          partial_rows);
       }
       sync_block();
       cells_.add_recurrent(s, row, row + partial_rows, [&](int tile_row, int column, int warp) {
-        return Product::partial(room_.partials, partial_rows, warp, tile_row - row, column);
+        return Product::partial(partials, partial_rows, warp, tile_row - row, column);
       });
     }
   }
 
+  const PersistentBackwardParams& params_;
   const BackwardShape& shape_;
-  BackwardRoom room_;
   Exchange exchange_;
   Product product_;
   Cells cells_;

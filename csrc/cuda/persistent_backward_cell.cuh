@@ -19,12 +19,6 @@
 
 namespace fusedreg::cuda {
 
-struct PersistentBackwardParams {
-  BackwardLoop loop;
-  LoopMasks<float> masks;
-  BackwardShape shape;
-};
-
 template <class Mode, int NT>
 class BackwardCells {
   using Storage = typename Mode::Storage;
@@ -36,8 +30,8 @@ class BackwardCells {
     int index;  // in [row][unit]
     int row;    // of the tile
     int column;
-    int64_t b, unit;
-    int64_t length;
+    int b, unit;
+    int length;
     bool exists;  // in the batch and in the layer
     bool runs;    // and the row takes part in the step
     int64_t at;   // t * B + b
@@ -50,45 +44,44 @@ class BackwardCells {
   const BackwardLoop& loop;
   const LayerInputs& in;
 
-  FUSEDREG_DEVICE BackwardCells(const PersistentBackwardParams& params, const BackwardRoom& room, Exchange& exchange)
+  FUSEDREG_DEVICE BackwardCells(const PersistentBackwardParams& params, int own_block)
       : loop(params.loop),
         in(params.loop.layer.in),
-        masks_(params.masks),
+        params_(params),
         shape_(params.shape),
-        room_(room),
-        sums_(params.shape, room, exchange),
+        masks_(params.masks),
+        sums_(params),
         key_(mask_key(params.loop.layer.seed, params.masks.layer_direction)),
-        first_row_(int64_t{block_index() / params.shape.blocks} * params.shape.rows),
-        first_unit_(int64_t{exchange.own_block()} * kUnits) {}
+        first_row_(block_index() / params.shape.blocks * params.shape.rows),
+        first_unit_(own_block * kUnits) {}
 
-  FUSEDREG_DEVICE int64_t first_unit() const { return first_unit_; }
+  FUSEDREG_DEVICE int first_unit() const { return first_unit_; }
 
   // Before anything else.
   FUSEDREG_DEVICE void set_up() {
     for (int row = thread_index(); row < shape_.rows; row += block_threads()) {
-      room_.lengths[row] = first_row_ + row < in.rows ? static_cast<int>(row_length(in, first_row_ + row)) : 0;
+      lengths()[row] = first_row_ + row < in.rows ? static_cast<int>(row_length(in, first_row_ + row)) : 0;
     }
     set_up_constants();
     sync_block();
-    Storage* const staged = reinterpret_cast<Storage*>(room_.staged);
+    Storage* const staged = params_.shared<Storage>(params_.room.staged);
     const Storage* const grad_hidden = static_cast<const Storage*>(loop.grad_final_hidden);
     const float* const grad_cell = static_cast<const float*>(loop.grad_final_cell);
     for_each_cell(0, shape_.rows, 0, [&](const Cell& cell) {
       if (cell.row >= shape_.rows) return;
       // Zeros where there is no cell; where there is one, until its row's last step.
       for (int gate = 0; gate < 4; ++gate) staged[staged_index(cell, gate)] = Storage{};
-      const int64_t at = cell.b * in.hidden_size + cell.unit;
-      room_.hidden[cell.index] = cell.exists && grad_hidden != nullptr ? widen(grad_hidden[at]) : 0.0f;
-      room_.cell[cell.index] = cell.exists && grad_cell != nullptr ? grad_cell[at] : 0.0f;
-      room_.masks[cell.index] =
-          static_cast<uint16_t>(cell.exists ? packed_sequence_masks(masks_, key_, cell.b, cell.unit) : 0u);
+      const int64_t at = int64_t{cell.b} * in.hidden_size + cell.unit;
+      hidden_of(cell) = cell.exists && grad_hidden != nullptr ? widen(grad_hidden[at]) : 0.0f;
+      cell_of(cell) = cell.exists && grad_cell != nullptr ? grad_cell[at] : 0.0f;
+      bits_of(cell) = static_cast<uint16_t>(cell.exists ? packed_sequence_masks(masks_, key_, cell.b, cell.unit) : 0u);
     });
   }
 
   // The steps that some row of the tile takes part in.
   FUSEDREG_DEVICE int longest() const {
     int longest = 0;
-    for (int row = 0; row < shape_.rows; ++row) longest = room_.lengths[row] > longest ? room_.lengths[row] : longest;
+    for (int row = 0; row < shape_.rows; ++row) longest = lengths()[row] > longest ? lengths()[row] : longest;
     return longest;
   }
 
@@ -103,22 +96,22 @@ class BackwardCells {
   FUSEDREG_DEVICE void prepare(int64_t s) {
     for_each_cell(0, shape_.rows, s, [&](const Cell& cell) {
       if (!cell.exists) return;
-      const uint32_t before = room_.masks[cell.index];
+      const uint32_t before = bits_of(cell);
       uint32_t bits = before & kSequenceBits;
       if ((before & kBeginsFromZero) != 0) bits |= kNextBeginsFromZero;
       if (cell.runs && s >= 0) {
         bits |= packed_step_masks(masks_, key_, cell.b, cell.unit, position(in, cell.length, s));
         if (begins_from_zero(in, cell.b, cell.length, s)) bits |= kBeginsFromZero;
       }
-      room_.masks[cell.index] = static_cast<uint16_t>(bits);
+      bits_of(cell) = static_cast<uint16_t>(bits);
     });
     if (s >= 0) prepare_moments(s);
   }
 
   // Steps 1 and 2 of persistent_backward.cuh: leaves da in `staged` and in the results, and zoneout's and the forget
   // gate's shares in dh and dc.
-  FUSEDREG_DEVICE void step(int64_t s) {
-    float over_rows[8] = {};  // batch norm: of this thread's unit
+  FUSEDREG_DEVICE void step(int64_t s, Exchange& exchange) {
+    float over_rows[8] = {}, cell_means[2] = {};  // batch norm: of this thread's unit
     if (shape_.norm_cell) {
       for_each_cell(0, shape_.rows, s, [&](const Cell& cell) {
         float terms[2] = {};
@@ -129,22 +122,26 @@ class BackwardCells {
         }
         sums_.collect(over_rows, terms, cell.row);
       });
-      sums_.template finish<2>(over_rows);
-      for (float& sum : over_rows) sum = 0;
+      sums_.template finish<2>(over_rows, exchange);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        cell_means[k] = over_rows[k];
+        over_rows[k] = 0;
+      }
     }
     for_each_cell(0, shape_.rows, s, [&](const Cell& cell) {
       float terms[8] = {};
       if (cell.runs) {
-        leave(cell, s, terms);
+        leave(cell, s, cell_means, terms);
       } else if (cell.exists && !shape_.norm_cell) {
         write_padding(cell);
       }
       if (shape_.norm_recurrent) sums_.collect(over_rows, terms, cell.row);
     });
     if (!shape_.norm_recurrent) return;
-    sums_.template finish<8>(over_rows);
+    sums_.template finish<8>(over_rows, exchange);
     for_each_cell(0, shape_.rows, s, [&](const Cell& cell) {
-      if (cell.runs) leave_recurrent_norm(cell);
+      if (cell.runs) leave_recurrent_norm(cell, over_rows);
     });
   }
 
@@ -153,7 +150,7 @@ class BackwardCells {
   template <class Partial>
   FUSEDREG_DEVICE void add_recurrent(int64_t s, int first, int last, const Partial& partial) {
     for_each_cell(first, last < shape_.rows ? last : shape_.rows, s, [&](const Cell& cell) {
-      const uint32_t bits = room_.masks[cell.index];
+      const uint32_t bits = bits_of(cell);
       if (!cell.runs || (bits & kNextBeginsFromZero) != 0) return;
       float sum = 0;
 #pragma unroll
@@ -161,18 +158,18 @@ class BackwardCells {
         sum += unpacked_hidden_mask(masks_, bits, gate) *
                (partial(cell.row, cell.column, 2 * gate) + partial(cell.row, cell.column, 2 * gate + 1));
       }
-      room_.hidden[cell.index] += sum;
+      hidden_of(cell) += masks_.recurrent_scale * sum;
     });
   }
 
   FUSEDREG_DEVICE void write_initial() const {
     for_each_cell(0, shape_.rows, 0, [&](const Cell& cell) {
       if (!cell.exists) return;
-      const int64_t at = cell.b * in.hidden_size + cell.unit;
+      const int64_t at = int64_t{cell.b} * in.hidden_size + cell.unit;
       if (loop.grad_initial_hidden != nullptr) {
-        static_cast<Storage*>(loop.grad_initial_hidden)[at] = narrow<Storage>(room_.hidden[cell.index]);
+        static_cast<Storage*>(loop.grad_initial_hidden)[at] = narrow<Storage>(hidden_of(cell));
       }
-      if (loop.grad_initial_cell != nullptr) static_cast<float*>(loop.grad_initial_cell)[at] = room_.cell[cell.index];
+      if (loop.grad_initial_cell != nullptr) static_cast<float*>(loop.grad_initial_cell)[at] = cell_of(cell);
     });
   }
 
@@ -182,7 +179,10 @@ class BackwardCells {
   template <class Visit>
   FUSEDREG_DEVICE void for_each_cell(int first, int last, int64_t s, const Visit& visit) const {
     const int begin = first * kUnits, end = (last * kUnits + 31) / 32 * 32;
-    for (int i = begin + ((thread_index() - begin) & (kProductThreads - 1)); i < end; i += kProductThreads) {
+    // Opaque: nothing of a cell is to be kept from step to step in registers that the product could use.
+    const int own = opaque(thread_index());
+#pragma unroll 1
+    for (int i = begin + ((own - begin) & (kProductThreads - 1)); i < end; i += kProductThreads) {
       Cell cell;
       cell.index = i;
       cell.row = i / kUnits;
@@ -190,32 +190,47 @@ class BackwardCells {
       cell.b = first_row_ + cell.row;
       cell.unit = first_unit_ + cell.column;
       cell.exists = cell.row < last && cell.b < in.rows && cell.unit < in.hidden_size;
-      cell.length = cell.exists ? room_.lengths[cell.row] : 0;
+      cell.length = cell.exists ? lengths()[cell.row] : 0;
       cell.runs = s < cell.length;
       cell.at = position(in, cell.length, s) * in.rows + cell.b;
       visit(cell);
     }
   }
 
+  // What stands in shared memory.
+  FUSEDREG_DEVICE int* lengths() const { return params_.shared<int>(params_.room.lengths); }
+  FUSEDREG_DEVICE float* gate_constants() const { return params_.shared<float>(params_.room.gate_constants); }
+  FUSEDREG_DEVICE float* cell_constants() const { return params_.shared<float>(params_.room.cell_constants); }
+  FUSEDREG_DEVICE float* gate_moments() const { return params_.shared<float>(params_.room.gate_moments); }
+  FUSEDREG_DEVICE float* cell_moments() const { return params_.shared<float>(params_.room.cell_moments); }
+  FUSEDREG_DEVICE float& hidden_of(const Cell& cell) const {
+    return params_.shared<float>(params_.room.hidden)[cell.index];
+  }
+  FUSEDREG_DEVICE float& cell_of(const Cell& cell) const {
+    return params_.shared<float>(params_.room.cell)[cell.index];
+  }
+  FUSEDREG_DEVICE uint16_t& bits_of(const Cell& cell) const {
+    return params_.shared<uint16_t>(params_.room.masks)[cell.index];
+  }
   FUSEDREG_DEVICE int staged_index(const Cell& cell, int gate) const {
     return (cell.row * 4 + gate) * kUnits + cell.column;
   }
   FUSEDREG_DEVICE float& traced(const Cell& cell, int value) const {
-    return room_.trace[value * shape_.rows * kUnits + cell.index];
+    return params_.shared<float>(params_.room.trace)[value * shape_.rows * kUnits + cell.index];
   }
 
   FUSEDREG_DEVICE void set_up_constants() {
     const int64_t H = in.hidden_size;
     const NormParameters& norm = in.norm;
     for (int i = thread_index(); i < 4 * kUnits; i += block_threads()) {
-      const int64_t unit = first_unit_ + i % kUnits, column = i / kUnits * H + unit;
+      const int unit = first_unit_ + i % kUnits;
+      const int64_t column = i / kUnits * H + unit;
       const bool exists = unit < H;
-      room_.gate_constants[i] = exists ? static_cast<const float*>(loop.layer.bias)[column] : 0.0f;
-      room_.gate_constants[4 * kUnits + i] =
-          exists ? norm_parameter<Storage>(norm.recurrent_weight, column, 1.0f) : 0.0f;
+      gate_constants()[i] = exists ? static_cast<const float*>(loop.layer.bias)[column] : 0.0f;
+      gate_constants()[4 * kUnits + i] = exists ? norm_parameter<Storage>(norm.recurrent_weight, column, 1.0f) : 0.0f;
       if (shape_.norm_cell && i < kUnits) {
-        room_.cell_constants[i] = exists ? norm_parameter<Storage>(norm.cell_weight, unit, 1.0f) : 0.0f;
-        room_.cell_constants[kUnits + i] = exists ? norm_parameter<Storage>(norm.cell_bias, unit, 0.0f) : 0.0f;
+        cell_constants()[i] = exists ? norm_parameter<Storage>(norm.cell_weight, unit, 1.0f) : 0.0f;
+        cell_constants()[kUnits + i] = exists ? norm_parameter<Storage>(norm.cell_bias, unit, 0.0f) : 0.0f;
       }
     }
   }
@@ -234,13 +249,13 @@ class BackwardCells {
   }
   FUSEDREG_DEVICE Normaliser gate_normaliser(const Cell& cell, int gate) const {
     const int place = shape_.norm == NormKind::Batch ? gate * kUnits + cell.column : cell.row;
-    return normaliser(room_.gate_moments, gate_places(), place);
+    return normaliser(gate_moments(), gate_places(), place);
   }
   FUSEDREG_DEVICE Normaliser cell_normaliser(const Cell& cell) const {
-    return normaliser(room_.cell_moments, cell_places(), shape_.norm == NormKind::Batch ? cell.column : cell.row);
+    return normaliser(cell_moments(), cell_places(), shape_.norm == NormKind::Batch ? cell.column : cell.row);
   }
   FUSEDREG_DEVICE float gain(const Cell& cell, int gate) const {
-    return room_.gate_constants[(4 + gate) * kUnits + cell.column];
+    return gate_constants()[(4 + gate) * kUnits + cell.column];
   }
 
   FUSEDREG_DEVICE void keep_moments(float* to, int places, int place, const Moments<float>& moments) const {
@@ -253,31 +268,31 @@ class BackwardCells {
     const int64_t H = in.hidden_size;
     if (shape_.norm == NormKind::Batch) {
       int count = 0;
-      for (int row = 0; row < shape_.rows; ++row) count += s < room_.lengths[row] ? 1 : 0;
+      for (int row = 0; row < shape_.rows; ++row) count += s < lengths()[row] ? 1 : 0;
       const bool constant = !takes_batch_statistics(in.options, count);
       sums_.set_count(constant ? 0 : count);
       for (int i = thread_index(); i < 4 * kUnits; i += block_threads()) {
-        const int64_t unit = first_unit_ + i % kUnits;
+        const int unit = first_unit_ + i % kUnits;
         if (unit >= H) continue;
         if (shape_.norm_recurrent) {
-          keep_moments(room_.gate_moments, 4 * kUnits, i,
+          keep_moments(gate_moments(), 4 * kUnits, i,
                        load_moments<float>(loop.saved.recurrent_statistics, s, 4 * H, i / kUnits * H + unit, constant));
         }
         if (shape_.norm_cell && i < kUnits) {
-          keep_moments(room_.cell_moments, kUnits, i,
+          keep_moments(cell_moments(), kUnits, i,
                        load_moments<float>(loop.saved.cell_statistics, s, H, unit, constant));
         }
       }
     } else if (shape_.norm == NormKind::Layer) {
       for (int row = thread_index(); row < shape_.rows; row += block_threads()) {
-        const int64_t length = room_.lengths[row], t = position(in, length, s), b = first_row_ + row;
+        const int64_t length = lengths()[row], t = position(in, length, s), b = first_row_ + row;
         if (s >= length) continue;
         if (shape_.norm_recurrent) {
-          keep_moments(room_.gate_moments, shape_.rows, row,
+          keep_moments(gate_moments(), shape_.rows, row,
                        load_moments<float>(loop.saved.recurrent_statistics, t, in.rows, b, false));
         }
         if (shape_.norm_cell) {
-          keep_moments(room_.cell_moments, shape_.rows, row,
+          keep_moments(cell_moments(), shape_.rows, row,
                        load_moments<float>(loop.saved.cell_statistics, t, in.rows, b, false));
         }
       }
@@ -295,14 +310,14 @@ class BackwardCells {
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) {
       if (shape_.norm_recurrent) a[gate] = gate_normaliser(cell, gate).normalised(a[gate]) * gain(cell, gate);
-      z[gate] = a[gate] + (terms[gate] + room_.gate_constants[gate * kUnits + cell.column]);
+      z[gate] = a[gate] + (terms[gate] + gate_constants()[gate * kUnits + cell.column]);
     }
     return activated(z);
   }
 
   FUSEDREG_DEVICE float previous_cell(const Cell& cell, int64_t s) const {
     const int64_t H = in.hidden_size;
-    if ((room_.masks[cell.index] & kBeginsFromZero) != 0) return 0;
+    if ((bits_of(cell) & kBeginsFromZero) != 0) return 0;
     if (s > 0) {
       const int64_t at = position(in, cell.length, s - 1) * in.rows + cell.b;
       return static_cast<const float*>(loop.saved.cells)[at * H + cell.unit];
@@ -312,22 +327,22 @@ class BackwardCells {
 
   FUSEDREG_DEVICE CellTrace<float> enter(const Cell& cell, int64_t s) const {
     const int64_t H = in.hidden_size, at = cell.at * H + cell.unit;
-    CellIncoming<float> incoming{0, room_.hidden[cell.index], room_.cell[cell.index]};
+    CellIncoming<float> incoming{0, hidden_of(cell), cell_of(cell)};
     if (loop.grad_output != nullptr) {
       const int64_t t = cell.at / in.rows;
       incoming.output = widen(static_cast<const Storage*>(
           loop.grad_output)[t * loop.grad_output_step_stride + cell.b * loop.grad_output_row_stride + cell.unit]);
     }
     if (loop.grad_cells != nullptr) incoming.cell += static_cast<const float*>(loop.grad_cells)[at];
-    return enter_cell(in.options, unpacked_step_masks(masks_, room_.masks[cell.index]), gates_of(cell),
-                      previous_cell(cell, s), incoming);
+    return enter_cell(in.options, unpacked_step_masks(masks_, bits_of(cell)), gates_of(cell), previous_cell(cell, s),
+                      incoming);
   }
 
   // To the edge of N_c: leaves what leave() picks up again, and the terms of N_c's sums.
   FUSEDREG_DEVICE void wait_for_cell_norm(const Cell& cell, int64_t s, float (&terms)[2]) {
     CellTrace<float> trace = enter(cell, s);
     const float normalised = cell_normaliser(cell).normalised(trace.candidate);
-    const float gain = room_.cell_constants[cell.column], shift = room_.cell_constants[kUnits + cell.column];
+    const float gain = cell_constants()[cell.column], shift = cell_constants()[kUnits + cell.column];
     const float grad = leave_output(trace, normalised * gain + shift);
     const int64_t at = cell.at * in.hidden_size + cell.unit;
     static_cast<float*>(loop.grad_cell_normalised)[at] = grad;
@@ -342,12 +357,12 @@ class BackwardCells {
     traced(cell, kGradCandidate) = trace.grad_candidate;
     traced(cell, kWeighted) = terms[0];
     traced(cell, kNormalised) = normalised;
-    room_.hidden[cell.index] = trace.grad_previous_hidden;
-    room_.cell[cell.index] = trace.grad_previous_cell;
+    hidden_of(cell) = trace.grad_previous_hidden;
+    cell_of(cell) = trace.grad_previous_cell;
   }
 
   FUSEDREG_DEVICE CellTrace<float> resumed(const Cell& cell, int64_t s) const {
-    const StepMasks<float> masks = unpacked_step_masks(masks_, room_.masks[cell.index]);
+    const StepMasks<float> masks = unpacked_step_masks(masks_, bits_of(cell));
     CellTrace<float> trace{};
     trace.gates = {traced(cell, kGateI), traced(cell, kGateF), traced(cell, kGateG), traced(cell, kGateO)};
     trace.previous_cell = previous_cell(cell, s);
@@ -355,28 +370,27 @@ class BackwardCells {
     trace.cell_mask = masks.cell;
     trace.grad_output_gate = traced(cell, kGradOutputGate);
     trace.grad_candidate = traced(cell, kGradCandidate);
-    trace.grad_previous_cell = room_.cell[cell.index];
-    trace.grad_previous_hidden = room_.hidden[cell.index];
+    trace.grad_previous_cell = cell_of(cell);
+    trace.grad_previous_hidden = hidden_of(cell);
     return trace;
   }
 
   // Through the cell to dz, and to da unless N_a stands in between: then the terms of its sums.
-  FUSEDREG_DEVICE void leave(const Cell& cell, int64_t s, float (&terms)[8]) {
+  FUSEDREG_DEVICE void leave(const Cell& cell, int64_t s, const float (&cell_means)[2], float (&terms)[8]) {
     CellTrace<float> trace;
     float through_output;
     if (shape_.norm_cell) {
       trace = resumed(cell, s);
       through_output =
-          cell_normaliser(cell).scale *
-          sums_.template centred<2>(0, cell.row, traced(cell, kWeighted), traced(cell, kNormalised), in.hidden_size);
+          cell_normaliser(cell).scale * sums_.centred(cell_means[0], cell_means[1], cell.row, traced(cell, kWeighted),
+                                                      traced(cell, kNormalised), in.hidden_size);
     } else {
       trace = enter(cell, s);
       through_output = leave_output(trace, trace.candidate);
     }
-    const CellDeparting<float> departing =
-        leave_cell(trace, through_output, (room_.masks[cell.index] & kBeginsFromZero) != 0);
-    room_.cell[cell.index] = departing.previous_cell;
-    room_.hidden[cell.index] = departing.previous_hidden;
+    const CellDeparting<float> departing = leave_cell(trace, through_output, (bits_of(cell) & kBeginsFromZero) != 0);
+    cell_of(cell) = departing.previous_cell;
+    hidden_of(cell) = departing.previous_hidden;
     if (loop.grad_gates != nullptr) {
       write_gates(static_cast<float*>(loop.grad_gates), cell.at, in.hidden_size, cell.unit, departing.pre_activations);
     }
@@ -391,21 +405,21 @@ class BackwardCells {
     }
   }
 
-  FUSEDREG_DEVICE void leave_recurrent_norm(const Cell& cell) {
+  FUSEDREG_DEVICE void leave_recurrent_norm(const Cell& cell, const float (&gate_means)[8]) {
     float a[4], da[4];
     read_gates(static_cast<const float*>(loop.gates), cell.at, in.hidden_size, cell.unit, a);
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) {
       const Normaliser norm = gate_normaliser(cell, gate);
-      da[gate] = norm.scale * sums_.template centred<8>(gate, cell.row, traced(cell, gate), norm.normalised(a[gate]),
-                                                        4 * in.hidden_size);
+      da[gate] = norm.scale * sums_.centred(gate_means[gate], gate_means[4 + gate], cell.row, traced(cell, gate),
+                                            norm.normalised(a[gate]), 4 * in.hidden_size);
     }
     write_recurrent(cell, da);
   }
 
   FUSEDREG_DEVICE void write_recurrent(const Cell& cell, const float (&da)[4]) const {
     write_gates(static_cast<Storage*>(loop.grad_recurrent), cell.at, in.hidden_size, cell.unit, da);
-    Storage* const staged = reinterpret_cast<Storage*>(room_.staged);
+    Storage* const staged = params_.shared<Storage>(params_.room.staged);
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) staged[staged_index(cell, gate)] = exchanged<Mode>(da[gate]);
   }
@@ -420,12 +434,12 @@ class BackwardCells {
     static_cast<float*>(loop.cell_normalised)[at] = 0;
   }
 
-  const LoopMasks<float>& masks_;
+  const PersistentBackwardParams& params_;
   const BackwardShape& shape_;
-  const BackwardRoom& room_;
+  const LoopMasks<float>& masks_;
   Sums sums_;
   MaskKey key_;
-  int64_t first_row_, first_unit_;
+  int first_row_, first_unit_;
 };
 
 }  // namespace fusedreg::cuda

@@ -66,62 +66,59 @@ struct BackwardShape {
 // Values of a cell that wait for the sums of a norm; see PersistentBackward.
 constexpr int kTraceValues = 8;
 
-// The places of everything, one after another from `base` on; `bytes` of them. All 16-byte aligned.
+// Where everything is, in bytes from the beginning of shared memory; `bytes` in all. -1: not there.
 struct BackwardRoom {
-  char* exchange = nullptr;         // cluster: the exchange's buffers
-  char* product = nullptr;          // W's fragments
-  float* partials = nullptr;        // of the product
-  char* staged = nullptr;           // [row][gate][unit] da as published
-  float* hidden = nullptr;          // [row][unit] dh, carried
-  float* cell = nullptr;            // [row][unit] dc, carried
-  uint16_t* masks = nullptr;        // [row][unit] what is dropped, and what the row does at this step
-  int* lengths = nullptr;           // [row]
-  float* gate_constants = nullptr;  // [bias, N_a's gain][gate][unit]
-  float* cell_constants = nullptr;  // [N_c's gain, shift][unit]
-  float* gate_moments = nullptr;    // [mean, scale, spread][column or row]
-  float* cell_moments = nullptr;    // [mean, scale, spread][column or row]
-  float* trace = nullptr;           // [value][row][unit]
-  float* sums = nullptr;            // batch norm: room for sums over rows; layer norm: a row's two numbers
-  float* totals = nullptr;          // layer norm: the same, of all blocks
+  int exchange = -1;        // cluster: the exchange's buffers
+  int product = -1;         // W's fragments
+  int partials = -1;        // of the product
+  int staged = -1;          // [row][gate][unit] da as published
+  int hidden = -1;          // [row][unit] dh, carried
+  int cell = -1;            // [row][unit] dc, carried
+  int masks = -1;           // [row][unit] 16 bits: what is dropped, and where the row begins
+  int lengths = -1;         // [row]
+  int gate_constants = -1;  // [bias, N_a's gain][gate][unit]
+  int cell_constants = -1;  // [N_c's gain, shift][unit]
+  int gate_moments = -1;    // [mean, scale, spread][column or row]
+  int cell_moments = -1;    // [mean, scale, spread][column or row]
+  int trace = -1;           // [value][row][unit]
+  int sums = -1;            // batch norm: a warp's sums over rows; layer norm: the block's two numbers of each row
+  int totals = -1;          // layer norm: the same, of all blocks
   size_t bytes = 0;
-
-  FUSEDREG_HOST_DEVICE BackwardRoom(const BackwardShape& shape, char* base) : base_(base) {
-    const size_t rows = static_cast<size_t>(shape.rows), units = static_cast<size_t>(shape.units);
-    const bool batch = shape.norm == NormKind::Batch, layer = shape.norm == NormKind::Layer;
-    const bool trace_cell = shape.norm_cell || shape.norm_recurrent;
-    const int register_chunks = backward_register_chunks(shape.units);
-    if (shape.clustered) exchange = take<char>(cluster_exchange_bytes(shape.exchange()));
-    product = take<char>(ProductSizes::fragment_bytes(shape.units, register_chunks, shape.most_chunks()) +
-                         ProductSizes::staging_bytes(shape.matrix_instructions, 1));
-    partials = take<float>(ProductSizes::partial_bytes(shape.units, shape.tiles_of_pass() * kTileRows) / sizeof(float));
-    staged = take<char>(rows * 4 * units * static_cast<size_t>(shape.storage_bytes));
-    hidden = take<float>(rows * units);
-    cell = take<float>(rows * units);
-    masks = take<uint16_t>(rows * units);
-    lengths = take<int>(rows);
-    gate_constants = take<float>(8 * units);
-    if (shape.norm_cell) cell_constants = take<float>(2 * units);
-    if (shape.norm_recurrent) gate_moments = take<float>(3 * (batch ? 4 * units : rows));
-    if (shape.norm_cell) cell_moments = take<float>(3 * (batch ? units : rows));
-    if (trace_cell) trace = take<float>(kTraceValues * rows * units);
-    // Batch norm sums 2 numbers for N_c and then 8 for N_a, warp by warp, in places of their own.
-    if (batch) sums = take<float>(10 * kProductWarps * units);
-    if (layer) {
-      sums = take<float>(2 * rows);
-      totals = take<float>(2 * rows);
-    }
-  }
-
- private:
-  template <class Value>
-  FUSEDREG_HOST_DEVICE Value* take(size_t count) {
-    Value* const taken = base_ == nullptr ? nullptr : reinterpret_cast<Value*>(base_ + bytes);
-    bytes += (count * sizeof(Value) + 15) / 16 * 16;
-    return taken;
-  }
-  char* base_;
 };
 
-inline size_t backward_shared_bytes(const BackwardShape& shape) { return BackwardRoom(shape, nullptr).bytes; }
+inline BackwardRoom backward_room(const BackwardShape& shape) {
+  BackwardRoom room;
+  const auto take = [&](size_t bytes) {
+    const int taken = static_cast<int>(room.bytes);
+    room.bytes += (bytes + 15) / 16 * 16;
+    return taken;
+  };
+  const size_t rows = static_cast<size_t>(shape.rows), units = static_cast<size_t>(shape.units), value = sizeof(float);
+  const bool batch = shape.norm == NormKind::Batch, layer = shape.norm == NormKind::Layer;
+  if (shape.clustered) room.exchange = take(cluster_exchange_bytes(shape.exchange()));
+  room.product =
+      take(ProductSizes::fragment_bytes(shape.units, backward_register_chunks(shape.units), shape.most_chunks()) +
+           ProductSizes::staging_bytes(shape.matrix_instructions, 1));
+  room.partials = take(ProductSizes::partial_bytes(shape.units, shape.tiles_of_pass() * kTileRows));
+  room.staged = take(rows * 4 * units * static_cast<size_t>(shape.storage_bytes));
+  room.hidden = take(rows * units * value);
+  room.cell = take(rows * units * value);
+  room.masks = take(rows * units * sizeof(uint16_t));
+  room.lengths = take(rows * sizeof(int));
+  room.gate_constants = take(8 * units * value);
+  if (shape.norm_cell) room.cell_constants = take(2 * units * value);
+  if (shape.norm_recurrent) room.gate_moments = take(3 * (batch ? 4 * units : rows) * value);
+  if (shape.norm_cell) room.cell_moments = take(3 * (batch ? units : rows) * value);
+  if (shape.norm_cell || shape.norm_recurrent) room.trace = take(kTraceValues * rows * units * value);
+  // Batch norm sums 2 numbers for N_c and then 8 for N_a, in places of their own.
+  if (batch) room.sums = take(10 * kProductWarps * units * value);
+  if (layer) {
+    room.sums = take(2 * rows * value);
+    room.totals = take(2 * rows * value);
+  }
+  return room;
+}
+
+inline size_t backward_shared_bytes(const BackwardShape& shape) { return backward_room(shape).bytes; }
 
 }  // namespace fusedreg::cuda
