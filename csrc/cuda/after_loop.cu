@@ -164,7 +164,7 @@ void gather_previous_hidden(const LayerInputs& in, const int64_t* seed, const vo
     HiddenParams<Storage> params{};
     params.in = in;
     params.seed = seed;
-    params.site = dropout_site<ComputeOf<Storage>>(in.rates.hidden_dropout, in.options.training);
+    params.site = unscaled_site<ComputeOf<Storage>>(in.rates.hidden_dropout, in.options.training);
     params.gate = gate;
     params.steps_a_thread = piece_of(in.steps, kStepsAThread, kLargestGridY);
     params.hidden = static_cast<const Storage*>(hidden);

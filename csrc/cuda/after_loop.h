@@ -13,8 +13,9 @@ namespace fusedreg::cuda {
 bool drops_hidden(const LayerInputs& in);
 inline bool unties_hidden(const LayerInputs& in) { return drops_hidden(in) && in.options.untied_masks; }
 
-// h̄_{s-1} = m_h^k ⊙ h_{s-1} of one gate (0 where masks are tied, or not drawn), (T * B, H) storage: at the position of
-// step s; 0 where the step begins from zero, and in padding. `hidden`: the carried h_s, (T, B, H) storage.
+// h̄_{s-1} = m_h^k ⊙ h_{s-1} of one gate (0 where masks are tied, or not drawn), masked by zeros and ones, (T * B, H)
+// storage: at the position of step s; 0 where the step begins from zero, and in padding. `hidden`: the carried h_s, (T,
+// B, H) storage.
 void gather_previous_hidden(const LayerInputs& in, const int64_t* seed, const void* hidden, int gate, void* to,
                             void* stream);
 

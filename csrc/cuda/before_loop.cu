@@ -19,6 +19,7 @@ struct WeightParams {
   uint32_t layer_direction;
   MaskSite<ComputeOf<Storage>> site;
   bool by_row;
+  ComputeOf<Storage> scale;
   const void* from;
   Storage* to;
   int64_t rows, columns;
@@ -31,27 +32,30 @@ FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads,
   const int64_t quads = (params.columns + 3) / 4, at = element_index();
   if (at >= params.rows * quads) return;
   const int64_t row = at / quads, quad = at % quads;
-  const MaskKey key = mask_key(params.seed, params.layer_direction);
-  const auto words = words_of(key, params.by_row ? 0 : quad, row, kWeightFamily);
+  PhiloxWords<uint32_t> words{};
+  if (params.site.threshold > 0) {
+    words = words_of(mask_key(params.seed, params.layer_direction), params.by_row ? 0 : quad, row, kWeightFamily);
+  }
   for (int64_t k = 0; k < 4 && quad * 4 + k < params.columns; ++k) {
     const int64_t element = row * params.columns + quad * 4 + k;
     const auto mask = mask_of(params.site, words.word[params.by_row ? 0 : k]);
-    params.to[element] = narrow<Storage>(widen(static_cast<const From*>(params.from)[element]) * mask);
+    params.to[element] = narrow<Storage>(widen(static_cast<const From*>(params.from)[element]) * (mask * params.scale));
   }
 }
 
 template <class Storage>
-struct NarrowParams {
+struct ScaleParams {
   const ComputeOf<Storage>* from;
   Storage* to;
+  ComputeOf<Storage> scale;
   int64_t elements;
 };
 
 template <class Storage>
 FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads,
-                                       1) void narrow_kernel(FUSEDREG_PARAMETER NarrowParams<Storage> params) {
+                                       1) void scale_kernel(FUSEDREG_PARAMETER ScaleParams<Storage> params) {
   const int64_t at = element_index();
-  if (at < params.elements) params.to[at] = narrow<Storage>(params.from[at]);
+  if (at < params.elements) params.to[at] = narrow<Storage>(params.from[at] * params.scale);
 }
 
 // ---- inputs ----
@@ -149,12 +153,14 @@ FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads,
 }
 
 template <class Storage, class From>
-void run_mask_weight(const LayerInputs& in, const int64_t* seed, const void* from, void* to, void* stream) {
+void run_mask_weight(const LayerInputs& in, const int64_t* seed, const void* from, double scale, void* to,
+                     void* stream) {
   WeightParams<Storage> params{};
   params.seed = seed;
   params.layer_direction = static_cast<uint32_t>(in.options.layer) * 2u + (in.options.reverse ? 1u : 0u);
-  params.site = dropout_site<ComputeOf<Storage>>(in.rates.weight_dropout, in.options.training);
+  params.site = unscaled_site<ComputeOf<Storage>>(in.rates.weight_dropout, in.options.training);
   params.by_row = in.options.weight_mask_row;
+  params.scale = static_cast<ComputeOf<Storage>>(scale);
   params.from = from;
   params.to = static_cast<Storage*>(to);
   params.rows = 4 * in.hidden_size;
@@ -164,24 +170,35 @@ void run_mask_weight(const LayerInputs& in, const int64_t* seed, const void* fro
 
 }  // namespace
 
-void mask_weight(const LayerInputs& in, const int64_t* seed, const void* from, bool from_compute, void* to,
-                 void* stream) {
+bool drops_weight(const LayerInputs& in) { return in.options.training && in.rates.weight_dropout > 0; }
+
+void mask_weight(const LayerInputs& in, const int64_t* seed, void* to, void* stream) {
   with_storage(in.dtype, [&](auto storage) {
     using Storage = decltype(storage);
-    if (from_compute) {
-      run_mask_weight<Storage, ComputeOf<Storage>>(in, seed, from, to, stream);
-    } else {
-      run_mask_weight<Storage, Storage>(in, seed, from, to, stream);
-    }
+    run_mask_weight<Storage, Storage>(in, seed, in.weight_hh, 1, to, stream);
   });
 }
 
-void narrow_elements(ScalarType storage_type, const void* from, int64_t elements, void* to, void* stream) {
+void mask_weight_gradient(const LayerInputs& in, const int64_t* seed, const void* grad, double scale, void* to,
+                          void* stream) {
+  with_storage(in.dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    run_mask_weight<Storage, ComputeOf<Storage>>(in, seed, grad, scale, to, stream);
+  });
+}
+
+void scale_elements(ScalarType storage_type, const void* from, double scale, int64_t elements, void* to, void* stream) {
   with_storage(storage_type, [&](auto storage) {
     using Storage = decltype(storage);
-    NarrowParams<Storage> params{static_cast<const ComputeOf<Storage>*>(from), static_cast<Storage*>(to), elements};
-    launch<narrow_kernel<Storage>>(element_launch(elements, stream), params);
+    using Compute = ComputeOf<Storage>;
+    ScaleParams<Storage> params{static_cast<const Compute*>(from), static_cast<Storage*>(to),
+                                static_cast<Compute>(scale), elements};
+    launch<scale_kernel<Storage>>(element_launch(elements, stream), params);
   });
+}
+
+double input_scale(const LayerInputs& in) {
+  return is_narrow(in.dtype) ? dropout_scale(in.rates.input_dropout, in.options.training) : 1.0;
 }
 
 bool drops_inputs(const LayerInputs& in) { return in.options.training && in.rates.input_dropout > 0; }
@@ -190,6 +207,7 @@ void gather_inputs(const LayerInputs& in, const int64_t* seed, int gate, void* t
   with_storage(in.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     InputParams<Storage> params = input_params<Storage>(in, seed, gate);
+    if (is_narrow(in.dtype)) params.site.kept = 1;
     params.to = static_cast<Storage*>(to);
     launch<gather_inputs_kernel<Storage>>(input_launch(params, stream), params);
   });

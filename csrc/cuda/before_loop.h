@@ -1,26 +1,37 @@
 // What is made of weights, inputs and biases around the recurrent loop: masked copies, ready for products.
 //
 //   W̃_hh = M_w ⊙ W_hh,   x̄^k = m_x^k ⊙ x,   b = b_ih + b_hh
+//
+// Factors of products in 16 bits are masked by zeros and ones, and the product is scaled: masks.cuh says why.
 #pragma once
 
 #include "../common/params.h"
 
 namespace fusedreg::cuda {
 
-// `to`, (4H, H) storage = M_w ⊙ from. `from` is of the storage type, or of the compute type: so are gradients, which
-// meet the same mask.
-void mask_weight(const LayerInputs& in, const int64_t* seed, const void* from, bool from_compute, void* to,
-                 void* stream);
+// Whether W_hh is masked in this call.
+bool drops_weight(const LayerInputs& in);
 
-// `to`, of the storage type = `from`, of the compute type, rounded.
-void narrow_elements(ScalarType storage, const void* from, int64_t elements, void* to, void* stream);
+// `to`, (4H, H) storage: W_hh, 0 where M_w drops.
+void mask_weight(const LayerInputs& in, const int64_t* seed, void* to, void* stream);
+
+// The way back: `to`, (4H, H) storage = scale M_w ⊙ grad, with `grad` of the compute type; may be `to` where the types
+// are the same.
+void mask_weight_gradient(const LayerInputs& in, const int64_t* seed, const void* grad, double scale, void* to,
+                          void* stream);
+
+// `to`, of type `storage` = scale times `from`, of its compute type; may be `from` where the types are the same.
+void scale_elements(ScalarType storage, const void* from, double scale, int64_t elements, void* to, void* stream);
 
 // Whether inputs are masked at all, and whether by a mask a gate.
 bool drops_inputs(const LayerInputs& in);
 inline bool unties_inputs(const LayerInputs& in) { return drops_inputs(in) && in.options.untied_masks; }
 
-// x̄ of one gate (0 where masks are tied, or not drawn), (T * B, I) storage, by position: 0 in padding, whatever the
-// input holds there.
+// What a product of x̄ is still to be multiplied with.
+double input_scale(const LayerInputs& in);
+
+// x̄ of one gate (0 where masks are tied, or not drawn), (T * B, I) storage, by position, but for input_scale(): 0 in
+// padding, whatever the input holds there.
 void gather_inputs(const LayerInputs& in, const int64_t* seed, int gate, void* to, void* stream);
 
 // The way back: `grad`, (T * B, I) compute, times one gate's mask. `sum` (compute; null where masks are tied) collects

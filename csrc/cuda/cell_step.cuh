@@ -73,8 +73,8 @@ FUSEDREG_DEVICE CellExit<Compute> finish_cell(const Options& options, const Step
   return exit;
 }
 
-// h as the next step's product reads it: through one hidden mask (1 without hidden dropout; untied masks publish four
-// copies), and 0 where that step begins from zero.
+// h as the next step's product reads it: through one hidden mask (zeros and ones: LoopMasks::recurrent_scale is for the
+// product's result; untied masks publish four copies), and 0 where that step begins from zero.
 template <class Storage, class Compute = ComputeOf<Storage>>
 FUSEDREG_DEVICE Storage published_hidden(Compute hidden, Compute hidden_mask, bool next_begins_from_zero) {
   return narrow<Storage>(next_begins_from_zero ? Compute(0) : hidden * hidden_mask);

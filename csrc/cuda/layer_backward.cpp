@@ -4,6 +4,7 @@
 #include "input_norm.h"
 #include "layer.h"
 #include "layer_terms.h"
+#include "masks.cuh"
 #include "persistent_backward.h"
 #include "step_tier.h"
 
@@ -78,15 +79,15 @@ class Backward {
 
   void prepare(const DeviceArguments& device, const Caller& caller) {
     if (weight_ != nullptr) {
-      mask_weight(in_, caller.seed, in_.weight_hh, /*from_compute=*/false, weight_, caller.stream);
+      mask_weight(in_, caller.seed, weight_, caller.stream);
     }
     if (counts_ != nullptr && options_.norm == NormKind::Batch) count_rows(in_, counts_, caller.stream);
     if (rebuilds_) {
       multiply_terms(
-          in_, in_.weight_ih, inputs_.copies(), [&](int gate) { return inputs_.of_gate(gate, caller); }, input_,
-          caller);
+          in_, in_.weight_ih, input_scale(in_), inputs_.copies(),
+          [&](int gate) { return inputs_.of_gate(gate, caller); }, input_, caller);
       multiply_terms(
-          in_, weight(), hidden_.copies(),
+          in_, weight(), recurrent_scale(in_), hidden_.copies(),
           [&](int gate) { return hidden_.of_gate(gate, params_.saved.hidden, caller); }, recurrent_, caller);
     }
     if (options_.norm_input) normalize_inputs_again(input_norm(device), terms_, caller.stream);
@@ -174,7 +175,7 @@ class Backward {
     if (options_.norm_input) {
       input_norm_backward(input_norm(device), grad_gates_, totals_, grad_input_terms_, caller.stream);
     } else if (options_.norm_recurrent && is_narrow(in_.dtype)) {
-      narrow_elements(in_.dtype, grad_gates_, rows_ * width_, grad_input_terms_, caller.stream);
+      scale_elements(in_.dtype, grad_gates_, 1, rows_ * width_, grad_input_terms_, caller.stream);
     }
   }
 
@@ -184,15 +185,15 @@ class Backward {
                       [&](int gate) { return hidden_.of_gate(gate, params_.saved.hidden, caller); });
       if (drops_weight(in_)) {
         const void* from = wide_weight_ != nullptr ? wide_weight_ : params_.grad_weight_hh;
-        mask_weight(in_, caller.seed, from, /*from_compute=*/true, params_.grad_weight_hh, caller.stream);
+        mask_weight_gradient(in_, caller.seed, from, recurrent_scale(in_), params_.grad_weight_hh, caller.stream);
       } else {
-        narrow_weight(in_.hidden_size, params_.grad_weight_hh, caller);
+        scale_weight(in_.hidden_size, recurrent_scale(in_), params_.grad_weight_hh, caller);
       }
     }
     if (params_.grad_weight_ih != nullptr && in_.input_size > 0) {
       weight_gradient(grad_input_terms_, in_.input_size, inputs_.copies(), params_.grad_weight_ih, caller,
                       [&](int gate) { return inputs_.of_gate(gate, caller); });
-      narrow_weight(in_.input_size, params_.grad_weight_ih, caller);
+      scale_weight(in_.input_size, input_scale(in_), params_.grad_weight_ih, caller);
     }
   }
 
@@ -211,9 +212,10 @@ class Backward {
     }
   }
 
-  void narrow_weight(int64_t columns, void* result, const Caller& caller) const {
-    if (wide_weight_ == nullptr) return;
-    narrow_elements(in_.dtype, wide_weight_, width_ * columns, result, caller.stream);
+  void scale_weight(int64_t columns, double scale, void* result, const Caller& caller) const {
+    if (wide_weight_ == nullptr && scale == 1) return;
+    const void* from = wide_weight_ != nullptr ? wide_weight_ : result;
+    scale_elements(in_.dtype, from, scale, width_ * columns, result, caller.stream);
   }
 
   // dx = Σ_k m_x^k ⊙ (dr^k W_ih^k)

@@ -37,11 +37,12 @@ class Forward {
   void run(const DeviceArguments& device, const Caller& caller) {
     const void* weight = in_.weight_hh;
     if (weight_ != nullptr) {
-      mask_weight(in_, caller.seed, in_.weight_hh, /*from_compute=*/false, weight_, caller.stream);
+      mask_weight(in_, caller.seed, weight_, caller.stream);
       weight = weight_;
     }
     multiply_terms(
-        in_, in_.weight_ih, inputs_.copies(), [&](int gate) { return inputs_.of_gate(gate, caller); }, raw_, caller);
+        in_, in_.weight_ih, input_scale(in_), inputs_.copies(), [&](int gate) { return inputs_.of_gate(gate, caller); },
+        raw_, caller);
     if (in_.options.norm_input) {
       if (in_.options.norm == NormKind::Batch) count_rows(in_, counts_, caller.stream);
       const InputNorm norm{in_, device.running_input_rows, counts_, raw_, out_.input_statistics};

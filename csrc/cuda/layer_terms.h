@@ -52,10 +52,11 @@ class PreviousHidden {
   int held_ = -1;
 };
 
-// to, (T * B, 4H) compute = source weightᵀ, gate by gate where there are four sources. `source_of(gate)` is a Matrix.
+// to, (T * B, 4H) compute = scale source weightᵀ, gate by gate where there are four sources. `source_of(gate)` is a
+// Matrix.
 template <class SourceOf>
-void multiply_terms(const LayerInputs& in, const void* weight, int copies, const SourceOf& source_of, void* to,
-                    const Caller& caller) {
+void multiply_terms(const LayerInputs& in, const void* weight, double scale, int copies, const SourceOf& source_of,
+                    void* to, const Caller& caller) {
   const int64_t rows = in.steps * in.rows, columns = 4 * in.hidden_size / copies;
   const ScalarType compute = compute_type(in.dtype);
   for (int copy = 0; copy < copies; ++copy) {
@@ -65,10 +66,10 @@ void multiply_terms(const LayerInputs& in, const void* weight, int copies, const
         Matrix::by_rows(offset(to, copy * columns, compute), compute, rows, columns, 4 * in.hidden_size), source,
         Matrix::contiguous(part, in.dtype, columns, source.columns).transposed());
   }
+  if (scale != 1) scale_elements(compute, to, scale, rows * 4 * in.hidden_size, to, caller.stream);
 }
 
-// Whether W_hh is masked in this call; if so a masked copy is needed, of which this is the number of elements.
-inline bool drops_weight(const LayerInputs& in) { return in.options.training && in.rates.weight_dropout > 0; }
+// Of a masked copy of W_hh.
 inline int64_t weight_elements(const LayerInputs& in) { return 4 * in.hidden_size * in.hidden_size; }
 
 }  // namespace fusedreg::cuda

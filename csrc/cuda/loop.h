@@ -21,7 +21,7 @@ struct LoopInputs {
   LayerInputs in;           // sizes, options, rates; device pointers. `in.seed` is unused
   const int64_t* seed;      // device, 0-dimensional; null where nothing is drawn
   int64_t running_rows;     // rows of the running recurrent and cell statistics: indices are clamped to [-1, rows - 1]
-  const void* weight_hh;    // (4H, H) storage, after M_w
+  const void* weight_hh;    // (4H, H) storage, 0 where M_w drops and unscaled elsewhere: masks.cuh, recurrent_scale()
   const void* input_terms;  // (T, B, 4H) compute, by position t: N_r(r), or r without an input norm; padding undefined
   const void* bias;         // (4H,) compute: b_ih + b_hh + layer norm's shifts of the input and recurrent terms,
                             // so that z = N_a(a), gain only, + input_terms + bias

@@ -16,14 +16,30 @@ struct MaskSite {
 };
 
 // Inverted dropout: kept elements are scaled in training, nothing happens in evaluation.
+inline double dropout_scale(double rate, bool training) { return training ? 1.0 / (1.0 - rate) : 1.0; }
+
 template <class Compute>
 static inline MaskSite<Compute> dropout_site(double rate, bool training) {
   MaskSite<Compute> site;
-  if (training && rate > 0) {
-    site.threshold = drop_threshold(rate);
-    site.kept = static_cast<Compute>(1.0 / (1.0 - rate));
-  }
+  if (training) site.threshold = drop_threshold(rate);
+  site.kept = static_cast<Compute>(dropout_scale(rate, training));
   return site;
+}
+
+// The same by zeros and ones, for what a product reads in the storage type: scaled there, it would be rounded once
+// more, in 16 bits a larger error than all others together. The product's result, in the compute type, is scaled
+// instead.
+template <class Compute>
+static inline MaskSite<Compute> unscaled_site(double rate, bool training) {
+  MaskSite<Compute> site = dropout_site<Compute>(rate, training);
+  site.kept = 1;
+  return site;
+}
+
+// Of the recurrent product, there and back: its factors are h, masked by m_h, and W_hh, masked by M_w.
+inline double recurrent_scale(const LayerInputs& in) {
+  return dropout_scale(in.rates.hidden_dropout, in.options.training) *
+         dropout_scale(in.rates.weight_dropout, in.options.training);
 }
 
 // RNNDrop: not inverted; in evaluation the expectation, 1 - p.
@@ -55,10 +71,11 @@ static inline MaskSite<Compute> zoneout_site(double rate, bool training) {
 // Every site that stands inside the loop, and what of it is active. Made on the host, given to kernels by value.
 template <class Compute>
 struct LoopMasks {
-  // Of one sequence:
+  // Of one sequence (`hidden` by zeros and ones):
   MaskSite<Compute> hidden, cell, update_sequence, output;
   // Of each step:
   MaskSite<Compute> zoneout_hidden, zoneout_cell, update_step, between_layers;
+  Compute recurrent_scale = 1;  // what da W_hh and h W_hh^T are multiplied with
   uint32_t layer_direction = 0;
   bool draws_sequence = false;  // a word of the sequence family is read
   bool draws_step = false;      // a word of the step family is read
@@ -76,7 +93,8 @@ static inline LoopMasks<Compute> loop_masks(const LayerInputs& in) {
   const Options& options = in.options;
   const bool training = options.training;
   LoopMasks<Compute> masks;
-  masks.hidden = dropout_site<Compute>(rates.hidden_dropout, training);
+  masks.hidden = unscaled_site<Compute>(rates.hidden_dropout, training);
+  masks.recurrent_scale = static_cast<Compute>(recurrent_scale(in));
   masks.cell = cell_dropout_site<Compute>(rates.cell_dropout, training);
   masks.output = dropout_site<Compute>(rates.output_dropout, training);
   masks.between_layers = dropout_site<Compute>(rates.dropout, training);

@@ -46,6 +46,7 @@ FUSEDREG_DEVICE CellIncoming<Compute> read_incoming(const StepBackward<Compute>&
     if (copy >= step.masks.hidden_copies()) break;
     incoming.hidden += sequence.hidden[copy] * step.product[copy * in.rows * in.hidden_size + at];
   }
+  incoming.hidden *= step.masks.recurrent_scale;
   if (step.masks.zones_hidden) incoming.hidden += step.grad_hidden[at];
   return incoming;
 }

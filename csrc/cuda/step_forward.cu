@@ -43,7 +43,8 @@ void run(const ForwardLoop& loop, Products& products) {
   step.masks = loop_masks<Compute>(in);
   Scratch scratch(loop.scratch);
   take_scratch(in, scratch, step);
-  step.kept_in_place = in.options.norm != NormKind::None && loop.out.gates != nullptr && steps_are_contiguous(in);
+  step.kept_in_place = in.options.norm != NormKind::None && loop.out.gates != nullptr && steps_are_contiguous(in) &&
+                       step.masks.recurrent_scale == 1;
   launch<step_forward_start<Storage>>(cells_launch(in, loop.stream), step);
   const Launch how = step_launch<Compute>(in, loop.stream);
   for (step.s = 0; step.s < in.steps; ++step.s) {

@@ -11,7 +11,7 @@ struct StepForward {
   ForwardLoop loop;
   LoopMasks<Compute> masks;
   void* published;           // h as the next product reads it: [1 or 4 copies][B][H] storage
-  const Compute* recurrent;  // a of this step, (B, 4H)
+  const Compute* recurrent;  // a of this step but for masks.recurrent_scale, (B, 4H)
   bool kept_in_place;        // a norm's a: the product has put it where it is kept
   Compute* candidates;       // (B, H), for a norm of the cell: between the pass that takes its statistics
   Compute* output_gates;     // (B, H)  and the one that uses them
@@ -21,6 +21,7 @@ struct StepForward {
 template <class Compute>
 FUSEDREG_DEVICE void read_recurrent(const StepForward<Compute>& step, int64_t b, int64_t unit, Compute (&a)[4]) {
   read_gates(step.recurrent, b, step.loop.layer.in.hidden_size, unit, a);
+  for (int gate = 0; gate < 4; ++gate) a[gate] *= step.masks.recurrent_scale;
 }
 
 template <class Storage, class Compute = ComputeOf<Storage>>
