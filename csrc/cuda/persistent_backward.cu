@@ -34,21 +34,6 @@ static void for_kernel(const Choice& choice, const Visit& visit) {
   throw std::logic_error("persistent_backward: float64 runs in the step tier alone");
 }
 
-BackwardShape backward_shape(const LayerInputs& in, const Choice& choice) {
-  BackwardShape shape;
-  shape.clustered = choice.tier == Tier::Cluster;
-  shape.rows = choice.rows_per_tile;
-  shape.units = choice.units_per_block;
-  shape.blocks = choice.blocks;
-  shape.hidden_size = static_cast<int>(in.hidden_size);
-  shape.storage_bytes = in.dtype == ScalarType::Float32 ? 4 : 2;
-  shape.matrix_instructions = choice.arithmetic != Arithmetic::Float32;
-  shape.norm = in.options.norm;
-  shape.norm_recurrent = in.options.norm_recurrent;
-  shape.norm_cell = in.options.norm_cell;
-  return shape;
-}
-
 size_t persistent_backward_scratch(const LayerInputs& in, const Choice& choice) {
   if (choice.tier == Tier::Cluster) return 0;
   return static_cast<size_t>(choice.tiles) * grid_exchange_bytes(backward_shape(in, choice).exchange());

@@ -2,14 +2,11 @@
 #pragma once
 
 #include "loop.h"
-#include "persistent_backward_shape.h"
 #include "plan.h"
 
 namespace fusedreg::cuda {
 
-// How `choice`, which is from choose(), backward, and not of the step tier, cuts up a layer.
-BackwardShape backward_shape(const LayerInputs& in, const Choice& choice);
-
+// `choice` is from choose(), backward, and not of the step tier.
 size_t persistent_backward_scratch(const LayerInputs& in, const Choice& choice);
 
 // Clears scratch and launches one kernel.
