@@ -14,10 +14,12 @@ from triton import knobs
 from fusedreg.backends.triton.layout import Layer
 from fusedreg.encoding import NORM_BATCH, NORM_LAYER
 
-# Bytes of W_hh that a program holds over all steps: half of the registers of a multiprocessor with 256 threads.
-_RESIDENT_BYTES = 96 * 1024
 _UNITS = (8, 16, 32)
-_STEP_UNITS = 32
+_STEP_UNITS = 16
+# Of a program's shared memory, what its share of W_hh may take; the rest is for tiles of h and for the compiler.
+_RESIDENT_SHARE = 0.7
+_LEAST_SHARED = 48 * 1024
+_RESIDENT_TILES = 8  # of each gate at most: a resident W_hh is unrolled, and compiling takes its time
 
 
 class Block(NamedTuple):
@@ -54,11 +56,25 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many programs of 8 warps run at once on a device for certain; one under the interpreter, on a CPU."""
+class Device(NamedTuple):
+    """What the table asks about a device: how many programs run at once for certain, and with how much memory each."""
+
+    multiprocessors: int
+    shared_bytes: int
+
+
+def device_limits(device: torch.device) -> Device:
+    """Of a GPU; under the interpreter, on a CPU, programs run one after another."""
     if device.type == "cpu":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return Device(1, _LEAST_SHARED)
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", _LEAST_SHARED)
+    return Device(int(properties.multi_processor_count), int(shared))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once for certain."""
+    return device_limits(device).multiprocessors
 
 
 def wide_columns(width: int) -> int:
@@ -86,20 +102,24 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
     """
     hidden_size, rows = layer.flags.hidden_size, layer.sizes.rows
     dtype, device = layer.tensors.weight_hh.dtype, layer.tensors.weight_hh.device
-    present = multiprocessors(device)
+    limits = device_limits(device)
+    present = limits.multiprocessors
     tile_rows = min(64, max(16, power_of_two(rows)))
-    columns = min(64, max(16, power_of_two(hidden_size)))
+    precision = product_precision(dtype)
     fitting = [units for units in _UNITS if -(-hidden_size // units) <= present]
     if persistent is None:
-        persistent = bool(fitting)
-    units = (fitting or [_UNITS[-1]])[0] if persistent else min(_STEP_UNITS, max(8, power_of_two(hidden_size)))
+        persistent = bool(fitting) and device.type != "cpu"
+    if persistent:
+        units = (fitting or [max(8, power_of_two(hidden_size))])[0]
+    else:
+        units = min(_STEP_UNITS, max(8, power_of_two(hidden_size)))
+    columns, resident = _columns(hidden_size, units, dtype, precision, limits if persistent else None)
     programs = -(-hidden_size // units)
     tiles = -(-rows // tile_rows)
     # A batch norm's statistics are over all rows; a layer norm's second stage shares rows out by itself.
     together = layer.flags.norm == NORM_BATCH or (persistent and layer.flags.norm == NORM_LAYER)
     groups = 1 if together else min(tiles, max(1, present // programs)) if persistent else tiles
     tiles_per_group = -(-tiles // groups)
-    resident = persistent and 4 * units * hidden_size * dtype.itemsize <= _RESIDENT_BYTES
     block = Block(
         rows=tile_rows,
         units=units,
@@ -108,13 +128,31 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
         whole_rows=whole_rows(rows),
         persistent=int(persistent),
         resident=int(resident),
-        precision=product_precision(dtype),
+        precision=precision,
     )
     return Configuration(
         block,
         programs,
         groups=-(-tiles // tiles_per_group),
         rows_per_group=tiles_per_group * tile_rows,
-        warps=8 if persistent else 4,
+        warps=4,
         stages=1 if persistent else 3,
     )
+
+
+def _columns(
+    hidden_size: int, units: int, dtype: torch.dtype, precision: str, limits: Device | None
+) -> tuple[int, bool]:
+    """How many columns a tile of ``W_hh`` has, and whether a program can hold all of its tiles over the steps.
+
+    True float32 runs on no tensor core: its operands go through registers, so tiles are narrow, and read each step.
+    """
+    most = max(16, power_of_two(hidden_size))
+    if dtype == torch.float32 and precision == "ieee":
+        return min(16, most), False
+    if limits is not None:
+        columns = min(most, max(64, power_of_two(-(-hidden_size // _RESIDENT_TILES))))
+        held = 4 * units * -(-hidden_size // columns) * columns * dtype.itemsize
+        if held <= _RESIDENT_SHARE * limits.shared_bytes:
+            return columns, True
+    return min(64, most), False

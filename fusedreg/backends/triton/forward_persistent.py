@@ -5,7 +5,7 @@ its group of rows have published their ``h``. Two halves of ``exchange`` are eno
 waited for everybody's step ``s - 1``, and so for everybody's last reading of what stood there, at that step's start.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
 

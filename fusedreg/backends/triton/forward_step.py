@@ -56,7 +56,7 @@ def resident_weights(units, tensors, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     if BLOCK.resident:
         for chunk in tl.static_range(0, size, width):
             for gate in tl.static_range(4):
-                tiles = tiles + (load_weight(gate, units, chunk, tensors, LAYER, BLOCK),)
+                tiles = tiles + (load_weight(gate, units, chunk, tensors, LAYER, BLOCK),)  # type: ignore[assignment]
     return tiles
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedreg.backends.triton.backward import layer_backward
 from fusedreg.backends.triton.before_loop import input_product, masked_input, masked_weight, summed_bias
 from fusedreg.backends.triton.forward_loop import forward_loop
 from fusedreg.backends.triton.input_norm import input_statistics, normalised
@@ -27,8 +29,14 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     return results
 
 
+def backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """``fusedreg::triton_lstm_layer_backward``: the arguments and results of :mod:`fusedreg.schemas`."""
+    with launching(arguments[4].device):
+        return layer_backward(*arguments)
+
+
 @contextlib.contextmanager
-def launching(device: torch.device) -> Any:
+def launching(device: torch.device) -> Iterator[None]:
     """Launch on the tensors' device, and keep a surrounding autocast out of the products."""
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device, torch.autocast(device.type, enabled=False):
