@@ -8,6 +8,7 @@ are wrapped anew. What is to be compiled is compiled in a process of its own (``
 from __future__ import annotations
 
 import os
+import types
 
 import pytest
 
@@ -30,3 +31,23 @@ def _interpret_library() -> None:
 
 
 _interpret_library()
+
+
+def _patch_once() -> None:
+    """Patch ``triton.language`` for good, and not again at each call from one interpreted function to another.
+
+    The interpreter does that at each of them, which is a third of its time.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+
+    def call(self: InterpretedFunction, *arguments: object, **options: object) -> object:
+        return self.rewrite()(*arguments, **options)
+
+    InterpretedFunction.__call__ = call
+
+    # It patches what the globals of a function show it.
+    _patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+
+
+_patch_once()

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+
 from fusedreg.backends.triton.configurations import multiprocessors, power_of_two, product_precision
 from fusedreg.backends.triton.layout import Layer
-from fusedreg.encoding import NORM_BATCH, NORM_NONE
+from fusedreg.encoding import NORM_BATCH, NORM_LAYER, NORM_NONE
+
+# Values of a gate that a stage which owns whole rows has at once, at most.
+_WHOLE_ROWS_ELEMENTS = 1024
 
 
 class BackwardBlock(NamedTuple):
     """Sizes of a kernel's tiles, powers of two, and how it runs; compiled in.
 
     A product takes ``rows`` by ``columns`` of ``da`` and ``columns`` by ``units`` of ``W_hh``. ``wide`` holds a whole
-    row's units. ``norm`` is the norm that acts inside the loop, ``activated`` whether the gates were kept after their
-    activations, ``precision`` Triton's ``input_precision``.
+    row's units, and a stage that owns rows takes ``whole_rows`` of them. ``norm`` is the norm that acts inside the
+    loop, ``activated`` whether the gates were kept after their activations, ``precision`` Triton's ``input_precision``.
     """
 
     rows: int
     units: int
     columns: int
     wide: int
+    whole_rows: int
     norm: int
     activated: int
     persistent: int
@@ -44,8 +50,8 @@ def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | 
     Args:
         layer: the call.
         activated: whether the saved gates went through their activations.
-        persistent: force one of the two kinds, for tests. ``None``: persistent where a program has one tile, and all
-            programs fit on the device at once.
+        persistent: force one of the two kinds, for tests. ``None``: persistent where that leaves a program
+            two tiles at most, so that a step's launch would cost more than it brings.
     """
     flags, rows, hidden_size = layer.flags, layer.sizes.rows, layer.flags.hidden_size
     dtype, device = layer.tensors.weight_hh.dtype, layer.tensors.weight_hh.device
@@ -55,34 +61,47 @@ def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | 
     unit_tiles, row_tiles = -(-hidden_size // tile_units), -(-rows // tile_rows)
     tiles = unit_tiles if norm == NORM_BATCH else unit_tiles * row_tiles
     if persistent is None:
-        persistent = tiles <= present and device.type != "cpu"
+        persistent = tiles <= 2 * present and device.type != "cpu"
+    precision = product_precision(dtype)
     wide = max(16, power_of_two(hidden_size))
     block = BackwardBlock(
         rows=tile_rows,
         units=tile_units,
-        columns=min(128 // dtype.itemsize, max(16, power_of_two(hidden_size))),
+        columns=min(_columns(dtype, precision), wide),
         wide=wide,
+        whole_rows=min(power_of_two(-(-rows // present)), max(1, _WHOLE_ROWS_ELEMENTS // wide)),
         norm=norm,
         activated=int(activated),
         persistent=int(persistent),
-        precision=product_precision(dtype),
+        precision=precision,
     )
+    by_rows = norm == NORM_LAYER
     return BackwardConfiguration(
         block,
         unit_tiles,
         row_tiles,
         programs=min(tiles, present),
-        launch={"num_warps": 4, "num_stages": 3},
-        rows_launch={"num_warps": min(16, max(1, wide // 128))},
+        launch={"num_warps": 8 if by_rows and persistent and wide >= 1024 else 4, "num_stages": 3},
+        rows_launch={"num_warps": min(16, max(1, block.whole_rows * wide // 128))},
     )
 
 
+def _columns(dtype: torch.dtype, precision: str) -> int:
+    """How deep a product's tiles are. True float32 products have no tensor cores, and are unrolled over the depth."""
+    if dtype != torch.float32:
+        return 128
+    return 32 if precision == "ieee" else 64
+
+
 def _tiles(rows: int, hidden_size: int, present: int, norm: int) -> tuple[int, int]:
-    """Rows and units of a tile: the largest with which every multiprocessor has one, or the smallest there are."""
+    """Rows and units of a tile: the largest with which most multiprocessors have one, or the smallest there are."""
     most_rows = min(64, max(16, power_of_two(rows)))
-    choices = [(most_rows, 32), (most_rows, 16), (max(16, most_rows // 2), 16), (16, 16)]
+    if norm == NORM_BATCH:  # whose programs have every row
+        choices = [(most_rows, 32), (most_rows, 16), (most_rows, 8)]
+    else:
+        choices = [(most_rows, 32), (most_rows, 16), (max(16, most_rows // 2), 16), (16, 16)]
     for tile_rows, units in choices:
         tiles = -(-hidden_size // units) * (1 if norm == NORM_BATCH else -(-rows // tile_rows))
-        if tiles * 2 >= present:
+        if 2 * tiles >= present:
             return tile_rows, units
     return choices[-1]

@@ -72,7 +72,7 @@ def units_kernel(s, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["s", "numbers"])
 def rows_kernel(s, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The second stage of a step with layer norm in the loop: a program has a row."""
+    """The second stage of a step with layer norm in the loop: a program has whole rows."""
     rows_stage(s, tl.program_id(0), tensors, numbers, LAYER, BLOCK)
 
 
@@ -152,7 +152,8 @@ def _launch_steps(
 ) -> None:
     block, options = configuration.block, configuration.launch
     row_tiles = 1 if block.norm == NORM_BATCH else configuration.row_tiles
+    row_groups = triton.cdiv(numbers.sizes.rows, block.whole_rows)
     for s in range(numbers.sizes.steps - 1, -2 if to_initial_hidden else -1, -1):
         units_kernel[(configuration.unit_tiles, row_tiles)](s, tensors, numbers, layer.flags, block, **options)
         if block.norm == NORM_LAYER and s >= 0:
-            rows_kernel[(numbers.sizes.rows,)](s, tensors, numbers, layer.flags, block, **configuration.rows_launch)
+            rows_kernel[(row_groups,)](s, tensors, numbers, layer.flags, block, **configuration.rows_launch)

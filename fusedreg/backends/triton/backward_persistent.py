@@ -35,6 +35,7 @@ def persistent_kernel(  # type: ignore[no-untyped-def]
     rows = numbers.sizes.rows
     unit_tiles: tl.constexpr = (LAYER.hidden_size + BLOCK.units - 1) // BLOCK.units
     row_tiles = (rows + BLOCK.rows - 1) // BLOCK.rows
+    row_groups = (rows + BLOCK.whole_rows - 1) // BLOCK.whole_rows
     if BLOCK.norm == NORM_BATCH:
         row_tiles = rows * 0 + 1
     target = programs * 0
@@ -49,10 +50,10 @@ def persistent_kernel(  # type: ignore[no-untyped-def]
         wait_for(arrivals, target)
         if BLOCK.norm == NORM_LAYER:
             if s >= 0:
-                row = program
-                while row < rows:
-                    rows_stage(s, row, tensors, numbers, LAYER, BLOCK)
-                    row += programs
+                row_group = program
+                while row_group < row_groups:
+                    rows_stage(s, row_group, tensors, numbers, LAYER, BLOCK)
+                    row_group += programs
                 target += programs
                 arrive(arrivals)
                 wait_for(arrivals, target)

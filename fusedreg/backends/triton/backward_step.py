@@ -11,7 +11,7 @@ A program owns some units, all four gates of them, for some rows. Without a norm
 (:func:`plain_tile`). Batch norm averages over rows: a program owns its units for every row, and passes over its tiles
 once for each average (:func:`batch_units`). Layer norm averages over units: the product is one stage
 (:func:`~fusedreg.backends.triton.backward_product.keep_hidden_gradient`), everything after it another, in which a
-program owns whole rows (:func:`layer_row`). The step of index -1 is the product alone: the initial state's gradient.
+program owns whole rows (:func:`layer_rows`). The step of index -1 is the product alone: the initial state's gradient.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -181,10 +181,9 @@ def recurrent_gate(gate: tl.constexpr, total, products, share, s, units, of_batc
 
 
 @triton.jit
-def layer_row(s, row, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, BLOCK: tl.constexpr):
-    """A step with layer norm, for one row; its ``dh`` is there already."""
+def layer_rows(s, rows, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, BLOCK: tl.constexpr):
+    """A step with layer norm, for whole rows; their ``dh`` is there already."""
     HIDDEN: tl.constexpr = LAYER.hidden_size
-    rows = row + tl.arange(0, 1)
     units = tl.arange(0, BLOCK.wide)
     grad_hidden, place, cell, gradients, norm, grad_argument, grad_o = argument_tile(
         s, rows, units, s * 0, loop, saved, grads, sizes, rates, LAYER, BLOCK
@@ -193,8 +192,8 @@ def layer_row(s, row, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, BLO
     direct, _, grad_previous, grad_candidate, carried = gradients
     if LAYER.norm_cell:
         normalised, gain, scale = norm
-        add_to_sums(grads.cell_sums, rows, units, 0, 2 * HIDDEN, grad_argument, HIDDEN)
-        add_to_sums(grads.cell_sums, rows, units, HIDDEN, 2 * HIDDEN, grad_argument * normalised, HIDDEN)
+        add_to_sums(grads.cell_sums, rows, units, 0, grad_argument, sizes, HIDDEN)
+        add_to_sums(grads.cell_sums, rows, units, HIDDEN, grad_argument * normalised, sizes, HIDDEN)
         grad = grad_argument * gain
         mean, slope = tl.sum(grad, 1) / HIDDEN, tl.sum(grad * normalised, 1) / HIDDEN
         grad_argument = scale * (grad - mean[:, None] - normalised * slope[:, None])
@@ -202,7 +201,7 @@ def layer_row(s, row, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, BLO
     if grads.grad_gates is not None:
         store_gates(grads.grad_gates, rows, units, position, dz, here, sizes, LAYER)
     if LAYER.norm_recurrent:
-        total = tl.zeros([1], tl.float32)
+        total = tl.zeros([rows.shape[0]], tl.float32)
         products = total
         for gate in tl.static_range(4):
             term, gain, _ = recurrent_term(gate, s, rows, units, valid, position, s * 0, here, loop, saved, sizes,
@@ -225,10 +224,10 @@ def layer_row(s, row, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, BLO
 
 
 @triton.jit
-def add_to_sums(target, rows, units, offset, stride, values, HIDDEN: tl.constexpr):
+def add_to_sums(target, rows, units, offset, values, sizes, HIDDEN: tl.constexpr):
     """A row's share of a gain's gradient, added over the steps: the row is this program's at every step."""
-    at = target + rows[:, None].to(tl.int64) * stride + offset + units[None, :]
-    inside = (units < HIDDEN)[None, :]
+    at = target + rows[:, None].to(tl.int64) * (2 * HIDDEN) + offset + units[None, :]
+    inside = (rows < sizes.rows)[:, None] & (units < HIDDEN)[None, :]
     tl.store(at, tl.load(at, mask=inside, other=0.0) + values, mask=inside)
 
 
@@ -250,6 +249,7 @@ def units_stage(s, unit_tile, row_tile, tensors, numbers, LAYER: tl.constexpr, B
 
 
 @triton.jit
-def rows_stage(s, row, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):
-    """The second stage of a step with layer norm in the loop, for one row."""
-    layer_row(s, row, tensors.inputs, tensors.saved, tensors.grads, numbers.sizes, numbers.rates, LAYER, BLOCK)
+def rows_stage(s, row_group, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):
+    """The second stage of a step with layer norm in the loop, for a group of rows."""
+    rows = row_group * BLOCK.whole_rows + tl.arange(0, BLOCK.whole_rows)
+    layer_rows(s, rows, tensors.inputs, tensors.saved, tensors.grads, numbers.sizes, numbers.rates, LAYER, BLOCK)

@@ -24,6 +24,7 @@ from fusedreg.backends.triton.layout import Layer, Numbers
 from fusedreg.encoding import NORM_LAYER
 
 _ROWS, _COLUMNS = 32, 64
+_FEW_ROWS = 4
 
 
 @triton.jit
@@ -110,13 +111,13 @@ def batch_gradient_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["numbers"])
 def layer_gradient_kernel(  # type: ignore[no-untyped-def]
     grads, values, statistics, lengths, gain, results, numbers, WIDTH: tl.constexpr, REVERSE: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``dx`` through a layer norm, of one row at one step."""
+    """``dx`` through a layer norm, of some rows at one step, 0 in padding."""
     s = tl.program_id(0)
-    rows = tl.program_id(1) + tl.arange(0, 1)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid, position = row_order(s, rows, lengths, numbers.sizes, REVERSE)
-    total = tl.zeros([1, COLUMNS], tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
     products = total
     for first in range(0, WIDTH, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
@@ -132,12 +133,13 @@ def layer_gradient_kernel(  # type: ignore[no-untyped-def]
         columns = first + tl.arange(0, COLUMNS)
         inside = (columns < WIDTH)[None, :]
         here = valid[:, None] & inside
+        present = (rows < numbers.sizes.rows)[:, None] & inside
         normalised, at, scale = normalised_tile(values, statistics, s, rows, columns, here, valid, position, s * 0,
                                                 lengths, numbers, WIDTH, True, False)  # fmt: skip
         grad = tl.load(grads + at, mask=here, other=0.0)
         grad = grad * tl.load(gain + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
         grad = tl.where(here, scale * (grad - mean - normalised * slope), 0.0)
-        tl.store(results + at, narrow(grad, results.dtype.element_ty), mask=inside)
+        tl.store(results + at, narrow(grad, results.dtype.element_ty), mask=present)
 
 
 def averaged_counts(layer: Layer, counts: Tensor | None, *, pooled: bool) -> Tensor | None:
@@ -198,9 +200,9 @@ def through_input_norm(
     results = torch.empty(grads.shape, dtype=layer.tensors.weight_ih.dtype, device=grads.device)
     numbers, reverse = Numbers(layer.sizes, layer.rates), layer.flags.reverse
     if layer.flags.norm == NORM_LAYER:
-        columns = min(1024, triton.next_power_of_2(width))
-        layer_gradient_kernel[(steps, rows)](
-            grads, values, statistics, lengths, gain, results, numbers, width, reverse, columns
+        columns = min(256, triton.next_power_of_2(width))
+        layer_gradient_kernel[(steps, triton.cdiv(rows, _FEW_ROWS))](
+            grads, values, statistics, lengths, gain, results, numbers, width, reverse, _FEW_ROWS, columns
         )
         return results
     if pooled:
