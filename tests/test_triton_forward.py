@@ -1,0 +1,160 @@
+"""Triton's forward under its interpreter: the kernels of a step on any grid, and the persistent kernel.
+
+One seed of the kernel's is held against the budget of eight of the reference's: the interpreter is slow.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import triton_support  # noqa: F401  # before the kernels
+from helpers import REGULARIZERS
+from triton_switching import switching_programs
+
+from fusedreg.backends.triton import configurations, forward_loop, forward_persistent, forward_step
+from fusedreg.layer import REVERSE
+from fusedreg.regularization import BatchNorm
+from fusedreg.testing import LayerCase, check_report, compare, implementation, run_layer
+from fusedreg.testing.budget import baseline
+
+MODES: dict[str, dict[str, object]] = {
+    "plain": {},
+    "ragged": {"ragged": True, "resets": True},
+    "reverse": {"direction": REVERSE, "ragged": True, "resets": True},
+    "evaluation": {"training": False, "ragged": True},
+}
+
+
+def case_of(name: str, mode: str = "ragged", **changes: object) -> LayerCase:
+    regularization = REGULARIZERS[name]
+    case = LayerCase(f"{name}-{mode}", steps=4, regularization=regularization)
+    if isinstance(regularization.norm, BatchNorm):
+        case = replace(case, rows=12, hidden_size=10)
+    return replace(case, **{**MODES[mode], **changes})  # type: ignore[arg-type]
+
+
+def check(case: LayerCase) -> None:
+    """The forward's results against the float64 reference, within the budget."""
+    base = baseline(case, 8)
+    run = run_layer(implementation("triton"), case, base.arguments[0], backward=False)
+    exact = {name: value for name, value in base.values[0].items() if not name.startswith("grad ")}
+    report, faults = compare([run], [exact], {name: base.eager[name] for name in exact}, case.dtype)
+    check_report(case.id, report, faults)
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch, *, persistent: bool, programs: int = 1) -> None:
+    limits = configurations.Device(programs, 10**6)
+    monkeypatch.setattr(configurations, "device_limits", lambda device: limits)
+    chosen = functools.partial(configurations.forward_configuration, persistent=persistent)
+    monkeypatch.setattr(forward_loop, "forward_configuration", chosen)
+
+
+ALONE = [name for name in REGULARIZERS if "everything" not in name]
+TOGETHER = [name for name in REGULARIZERS if "everything" in name]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_option(name: str) -> None:
+    check(case_of(name, "ragged"))
+
+
+@pytest.mark.parametrize("mode", ["reverse", "evaluation"])
+@pytest.mark.parametrize("name", ["none", *TOGETHER])
+def test_everything(name: str, mode: str) -> None:
+    check(case_of(name, mode))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["everything", "everything_untied", "everything_batch_norm", "everything_layer_norm"])
+def test_16_bit_types(name: str, dtype: torch.dtype) -> None:
+    check(case_of(name, "ragged", dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": 1, "hidden_size": 1, "input_size": 1, "steps": 3},
+        {"rows": 18, "hidden_size": 37, "input_size": 131, "steps": 3},  # several tiles of units and of rows
+        {"rows": 66, "hidden_size": 9, "steps": 2},
+    ],
+    ids=lambda changes: "B{rows}H{hidden_size}".format(**changes),
+)
+@pytest.mark.parametrize("name", ["everything_untied", "everything_tied_layer_norm", "everything_batch_norm"])
+def test_shapes(name: str, changes: dict[str, object]) -> None:
+    if "batch_norm" in name and changes["rows"] == 1:
+        pytest.skip("a batch norm takes no batch of one row in training")
+    check(case_of(name, "reverse", **changes))
+
+
+def test_optional_arguments() -> None:
+    check(case_of("everything", bias=False, initial_state=False, return_cells=False))
+
+
+# ---- The persistent kernel ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["none", *TOGETHER])
+def test_persistent_in_one_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kernels(monkeypatch, persistent=True)
+    check(case_of(name, "reverse"))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "hidden_size", "programs"),
+    [
+        ("everything", 5, 19, 3),
+        ("everything_untied", 70, 12, 4),  # two groups of rows
+        ("everything_batch_norm", 20, 17, 3),
+        ("everything_layer_norm", 5, 19, 3),
+        ("layer_norm_cell", 2, 30, 4),  # more programs than rows
+    ],
+)
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "streamed"])
+def test_persistent_in_several_programs(
+    name: str, rows: int, hidden_size: int, programs: int, resident: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_kernels(monkeypatch, persistent=True, programs=programs)
+    if resident:
+        monkeypatch.setattr(configurations, "product_precision", lambda dtype: "tf32")  # the interpreter has but one
+    with switching_programs(seed=rows + hidden_size) as used:
+        check(case_of(name, "ragged", rows=rows, hidden_size=hidden_size, steps=3))
+    assert used.largest_grid == programs
+
+
+def test_the_harness_finds_a_missing_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    @triton.jit
+    def wait_for(arrivals, target):  # type: ignore[no-untyped-def]
+        pass
+
+    use_kernels(monkeypatch, persistent=True, programs=3)
+    monkeypatch.setattr(forward_step, "wait_for", wait_for)
+    with switching_programs(seed=1), pytest.raises(AssertionError, match="none-plain"):
+        check(case_of("none", "plain", hidden_size=19))
+
+
+def test_the_harness_finds_a_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    @triton.jit
+    def arrive(arrivals):  # type: ignore[no-untyped-def]
+        pass
+
+    use_kernels(monkeypatch, persistent=True, programs=3)
+    monkeypatch.setattr(forward_persistent, "arrive", arrive)
+    monkeypatch.setattr("triton_switching._MOST_TURNS", 300)
+    with switching_programs(seed=1), pytest.raises(Exception, match="300 turns"):
+        check(case_of("none", "plain", hidden_size=19))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
