@@ -4,7 +4,9 @@
 #   make test       the tests
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
-#   make build      the compiled extension alone
+#   make mutate     the CUDA kernels under the emulator, with each barrier and fence removed in turn (an hour)
+#   make registers  registers and spills of each CUDA kernel, where nvcc is
+#   make build      the compiled extensions alone
 #   make format     rewrites what lint would complain of
 #   make clean      removes what was built, and keeps .venv
 #
@@ -16,6 +18,8 @@
 #   TESTS=tests/test_x.py     what `make test` and `make sanitize` run
 #   ARGUMENTS="-k name -x"    goes to pytest
 #   BENCH="--preset cpu-full"     arguments of `make bench`
+#   MUTATE="--only exchange.cuh"  arguments of `make mutate`
+#   FUSEDREG_CUDA=0           no CUDA extension, though nvcc is there; 1: fails where nvcc is not. See setup.py
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -27,6 +31,7 @@ TORCH ?= torch==2.13.0
 SETUP ?= 1
 TESTS ?= tests
 ARGUMENTS ?=
+MUTATE ?=
 BENCH ?= --preset cpu --json build/bench/results.json --plots build/bench
 
 ifeq ($(SETUP),0)
@@ -40,12 +45,17 @@ else
 endif
 
 EXTENSION := fusedreg/_cpu.abi3.so
+CUDA_EXTENSION := fusedreg/_cuda.abi3.so
+EMULATED := build/cuda_emulation/libfusedreg_cuda_emulated.so
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-BUILD := setup.py pyproject.toml tools/native_build.py fusedreg/_version.py
+BUILD := setup.py pyproject.toml tools/native_build.py tools/cuda_build.py fusedreg/_version.py
+# Where nvcc may be, as tools/cuda_build.py looks for it. A GPU is not asked for.
+NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+WITH_CUDA := $(filter-out 0 off false no,$(or $(filter-out auto,$(FUSEDREG_CUDA)),$(NVCC)))
 FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp tests/native/*.h)
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help build test lint bench sanitize format clean
+.PHONY: help build test lint bench sanitize mutate registers format clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -71,7 +81,16 @@ endif
 $(EXTENSION): $(NATIVE) $(BUILD) $(ENVIRONMENT)
 	$(RUN) setup.py --quiet build_ext --inplace
 
-build: $(EXTENSION)
+build: $(EXTENSION) $(if $(WITH_CUDA),$(CUDA_EXTENSION))
+
+# setup.py has built both, unless it was told to leave this one out when it built the other.
+$(CUDA_EXTENSION): $(EXTENSION)
+	@[ $@ -nt $< ] || $(RUN) setup.py --quiet build_ext --inplace
+
+# The CUDA sources as C++, every CUDA thread a fiber: what the tests run where no GPU is.
+$(EMULATED): $(NATIVE) $(BUILD) $(ENVIRONMENT)
+	$(RUN) tools/cuda_build.py emulation
+
 ifneq ($(SETUP),0)
 build: .venv/.installed
 endif
@@ -81,7 +100,7 @@ endif
 	@FUSEDREG_CPU=0 $(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-test: build
+test: build $(EMULATED)
 	$(RUN) -m pytest $(ARGUMENTS) $(TESTS)
 
 lint: $(ENVIRONMENT)
@@ -102,5 +121,11 @@ bench: build
 sanitize: build
 	$(RUN) tools/sanitize.py --tests '$(filter-out tests,$(TESTS))' -- $(ARGUMENTS)
 
+mutate: $(EMULATED)
+	$(RUN) tools/mutate_cuda.py $(MUTATE)
+
+registers: $(CUDA_EXTENSION)
+	@$(RUN) tools/cuda_build.py registers
+
 clean:
-	rm -rf build dist *.egg-info $(EXTENSION) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist *.egg-info $(EXTENSION) $(CUDA_EXTENSION) .mypy_cache .ruff_cache .pytest_cache

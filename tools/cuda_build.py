@@ -10,6 +10,7 @@ C++ compiler alone; the tests drive it as a backend of its own (``make test`` bu
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import re
 import shutil
@@ -167,9 +168,12 @@ def emulation_plan(torch: Torch) -> Plan:
 
 
 def build_emulation() -> Path:
-    """Builds what is out of date of the emulated library."""
+    """Builds what is out of date of the emulated library; one process at a time, the others wait."""
     compiler = native_build.find_compiler()
-    native_build.build(emulation_plan(native_build.find_torch()), compiler, EMULATION, EMULATED_LIBRARY)
+    EMULATION.mkdir(parents=True, exist_ok=True)
+    with (EMULATION / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        native_build.build(emulation_plan(native_build.find_torch()), compiler, EMULATION, EMULATED_LIBRARY)
     return EMULATED_LIBRARY
 
 

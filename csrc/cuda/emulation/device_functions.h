@@ -135,21 +135,29 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FUSEDREG
 template <class T>
 T load_exchanged(const T* from) {
   static_assert(std::is_same_v<T, Words4> || std::is_same_v<T, uint32_t> || std::is_same_v<T, float>);
-  return *from;
+  T value;
+  emulation::visibility().load(emulation::running(), from, &value, sizeof(T));
+  return value;
 }
 
 template <class T>
 void store_exchanged(T* to, std::common_type_t<T> value) {
   static_assert(std::is_same_v<T, Words4> || std::is_same_v<T, uint32_t> || std::is_same_v<T, float>);
-  *to = value;
+  emulation::visibility().store(emulation::running(), to, &value, sizeof(T));
 }
 
 inline uint32_t load_acquire(const uint32_t* flag, FUSEDREG_CALLER) {
-  return emulation::poll(flag, {"load_acquire", file, line});
+  return emulation::poll(flag, true, {"load_acquire", file, line});
 }
 
-inline void store_release(uint32_t* flag, uint32_t value) { emulation::publish(flag, value); }
-inline void fence_device() { emulation::give_way(); }
+inline void store_release(uint32_t* flag, uint32_t value) { emulation::publish(flag, value, true); }
+inline void fence_device() { emulation::fence(); }
+
+// What tools/mutate_cuda.py puts in the place of the two, to see whether the tests notice.
+inline uint32_t load_relaxed(const uint32_t* flag, FUSEDREG_CALLER) {
+  return emulation::poll(flag, false, {"load_relaxed", file, line});
+}
+inline void store_relaxed(uint32_t* flag, uint32_t value) { emulation::publish(flag, value, false); }
 
 inline int cluster_rank() { return emulation::running().block->rank; }
 inline int cluster_blocks() { return static_cast<int>(emulation::running().block->cluster->blocks.size()); }
@@ -160,15 +168,21 @@ template <class T>
 void store_to_block(T* address, int rank, const T& value) {
   static_assert(std::is_trivially_copyable_v<T>);
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
-  std::memcpy(emulation::shared_of(reinterpret_cast<const char*>(address), rank, sizeof(T)), &value, sizeof(T));
+  char* const to = emulation::shared_of(reinterpret_cast<const char*>(address), rank, sizeof(T));
+  if (rank == cluster_rank()) {
+    *address = value;
+  } else {
+    emulation::visibility().store_to_cluster(emulation::running(), to, &value, sizeof(T));
+  }
 }
 
 template <class T>
 T load_from_block(const T* address, int rank) {
   static_assert(std::is_trivially_copyable_v<T>);
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  const char* const from = emulation::shared_of(reinterpret_cast<const char*>(address), rank, sizeof(T));
   T value;
-  std::memcpy(&value, emulation::shared_of(reinterpret_cast<const char*>(address), rank, sizeof(T)), sizeof(T));
+  emulation::visibility().load_from_cluster(emulation::running(), from, &value, sizeof(T));
   return value;
 }
 

@@ -2,9 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
-#include <mutex>
-#include <numeric>
 #include <stdexcept>
 
 #include "fiber.h"
@@ -16,11 +13,9 @@ constexpr size_t kMargin = 4096;            // around a block's shared memory, t
 constexpr unsigned char kPoison = 0xFF;     // NaN in every floating-point type
 constexpr uint64_t kJump = 1'000'000'000;   // nanoseconds by which time advances where all threads only poll
 constexpr int kJumpsBeforeDeadlock = 1000;  // far beyond any bounded wait
-constexpr int kMostClusterBlocks = 16;
 
 struct Machine {
   Launch launch;
-  const char* name = "";
   void (*kernel)(const void*) = nullptr;
   const void* params = nullptr;
 
@@ -37,25 +32,15 @@ struct Machine {
   std::string failure;
 
   Random random;
-  uint64_t schedule = 0, launches = 0;
-  DeviceLimits limits{132, 227 * 1024, 9, 0};
+  Visibility visibility;
   Stacks stacks;
   void* scheduler = nullptr;  // the host's own stack, while a thread runs
   Thread* running = nullptr;
-  std::mutex one_launch;
 };
 
 Machine& machine() {
   static Machine the_machine;
   return the_machine;
-}
-
-std::string kernel_name(const char* pretty) {
-  const std::string text = pretty;
-  const size_t start = text.find("kernel = ");
-  if (start == std::string::npos) return text;
-  const size_t end = text.find_first_of(";]", start);
-  return text.substr(start + 9, end == std::string::npos ? end : end - start - 9);
 }
 
 void wake(Thread* thread) {
@@ -127,43 +112,12 @@ Thread* choose() {
   return chosen;
 }
 
-std::string describe(const Block& block) {
-  std::map<std::string, int> counts;
-  for (const Thread& thread : block.threads) {
-    std::string where = "returned";
-    if (!thread.returned) {
-      const char* const slash = std::strrchr(thread.place.file, '/');
-      where = std::string("at ") + thread.place.operation + " (" + (slash != nullptr ? slash + 1 : thread.place.file) +
-              ":" + std::to_string(thread.place.line) + ")";
-    }
-    counts[where] += 1;
-  }
-  std::string text = "block " + std::to_string(block.x);
-  if (block.y != 0) text += "," + std::to_string(block.y);
-  const char* separator = ": ";
-  for (const auto& [where, count] : counts) {
-    text += separator + std::to_string(count) + (count == 1 ? " thread " : " threads ") + where;
-    separator = ", ";
-  }
-  return text;
-}
-
-std::string describe_deadlock() {
-  std::string text = "deadlock: no thread can go on; ";
-  int shown = 0;
-  for (const auto& block : machine().blocks) {
-    if (block->live == 0) continue;
-    if (++shown > 4) return text + "...";
-    text += describe(*block) + "; ";
-  }
-  return text;
-}
-
 // Nothing can go on by itself: time passes for those that poll, and where nobody does, nothing ever will.
 void pass_time() {
   Machine& m = machine();
+  m.visibility.settle();
   if (m.parked.empty() || ++m.jumps > kJumpsBeforeDeadlock) {
-    m.failure = describe_deadlock();
+    m.failure = describe_deadlock(m.blocks);
     return;
   }
   m.nanoseconds += kJump;
@@ -183,9 +137,9 @@ void check_margins() {
   }
 }
 
-// Runs blocks that are alive together, in clusters of `cluster` blocks that follow one another.
-void run_together(const std::vector<std::pair<int, int>>& places, int cluster) {
+void start_blocks(const std::vector<std::pair<int, int>>& places) {
   Machine& m = machine();
+  const size_t cluster = static_cast<size_t>(std::max(1, m.launch.cluster));
   m.blocks.clear();
   m.clusters.clear();
   m.active.clear();
@@ -193,6 +147,7 @@ void run_together(const std::vector<std::pair<int, int>>& places, int cluster) {
   m.turn = nullptr;
   m.burst = 0;
   m.jumps = 0;
+  m.visibility.begin();
   m.live = static_cast<int>(places.size()) * m.launch.threads;
   m.stacks.reserve(static_cast<size_t>(m.live));
   size_t stack = 0;
@@ -224,7 +179,10 @@ void run_together(const std::vector<std::pair<int, int>>& places, int cluster) {
   }
   m.slow_block =
       m.random.below(2) != 0 ? m.blocks[m.random.below(static_cast<uint32_t>(m.blocks.size()))].get() : nullptr;
+}
 
+void run_until_all_return() {
+  Machine& m = machine();
   while (m.live > 0 && m.failure.empty()) {
     Thread* const next = choose();
     if (next == nullptr) {
@@ -232,69 +190,23 @@ void run_together(const std::vector<std::pair<int, int>>& places, int cluster) {
       continue;
     }
     m.nanoseconds += 10;
+    m.visibility.drift();
     m.running = next;
     fusedreg_emulation_switch(&m.scheduler, next->stack_pointer);
     m.running = nullptr;
   }
+  m.visibility.settle();
   if (m.failure.empty()) check_margins();
-}
-
-void check_launch(const Launch& launch, const DeviceLimits& limits) {
-  const auto refuse = [](const std::string& why) { throw std::runtime_error(why); };
-  if (launch.threads < kLanes || launch.threads > 1024 || launch.threads % kLanes != 0) {
-    refuse("a block has 32 to 1024 threads, whole warps of them, got " + std::to_string(launch.threads));
-  }
-  if (launch.grid_x < 1 || launch.grid_y < 1) refuse("the grid has no blocks");
-  if (launch.shared_bytes > static_cast<size_t>(limits.shared_bytes_per_block)) {
-    refuse("asks for " + std::to_string(launch.shared_bytes) + " bytes of shared memory a block, the device has " +
-           std::to_string(limits.shared_bytes_per_block));
-  }
-  // A multiprocessor is taken to hold one block: what persistent kernels count on, given the registers they use.
-  if (launch.cooperative && launch.grid_x * launch.grid_y > limits.multiprocessors) {
-    refuse("a cooperative grid of " + std::to_string(launch.grid_x * launch.grid_y) +
-           " blocks cannot be resident as a whole on " + std::to_string(limits.multiprocessors) + " multiprocessors");
-  }
-  if (launch.cluster > 1) {
-    if (limits.major < 9) refuse("clusters need compute capability 9.0");
-    if (launch.cluster > kMostClusterBlocks) refuse("a cluster of " + std::to_string(launch.cluster) + " blocks");
-    if (launch.grid_x % launch.cluster != 0) refuse("the grid is no multiple of the cluster");
-  }
-}
-
-void run_grid() {
-  Machine& m = machine();
-  const int cluster = std::max(1, m.launch.cluster);
-  std::vector<std::pair<int, int>> places;
-  for (int y = 0; y < m.launch.grid_y; ++y) {
-    for (int x = 0; x < m.launch.grid_x; ++x) places.emplace_back(x, y);
-  }
-  const size_t together = m.launch.cooperative ? places.size() : static_cast<size_t>(cluster);
-  std::vector<size_t> order(places.size() / together);
-  std::iota(order.begin(), order.end(), size_t{0});
-  for (size_t left = order.size(); left > 1; --left) {
-    std::swap(order[left - 1], order[m.random.below(static_cast<uint32_t>(left))]);
-  }
-  for (const size_t group : order) {
-    const auto first = places.begin() + static_cast<std::ptrdiff_t>(group * together);
-    run_together({first, first + static_cast<std::ptrdiff_t>(together)}, cluster);
-    if (!m.failure.empty()) return;
-  }
 }
 
 }  // namespace
 
 Thread& running() { return *machine().running; }
 const Launch& launched() { return machine().launch; }
+Visibility& visibility() { return machine().visibility; }
 uint64_t virtual_nanoseconds() { return machine().nanoseconds; }
-void set_limits(const DeviceLimits& limits) { machine().limits = limits; }
-DeviceLimits limits() { return machine().limits; }
 
-void set_schedule(uint64_t seed) {
-  machine().schedule = seed;
-  machine().launches = 0;
-}
-
-void fail(const std::string& message) {
+[[noreturn]] void fail(const std::string& message) {
   throw std::runtime_error(message + " (block " + std::to_string(running().block->x) + ", thread " +
                            std::to_string(running().index) + ")");
 }
@@ -310,6 +222,7 @@ void meet_block(const Place& place) {
   block.waiting.push_back(m.running);
   if (block.waiting.size() == block.threads.size()) {
     m.jumps = 0;
+    m.visibility.block_barrier(block);
     wake_all(block.waiting);
   }
   switch_to_scheduler();
@@ -328,7 +241,11 @@ const unsigned char* meet_warp(const Place& place, const void* value, size_t byt
   if (bytes != 0) std::memcpy(slots[thread.index % kLanes], value, bytes);
   thread.place = place;
   warp.waiting.push_back(&thread);
-  if (warp.waiting.size() == kLanes) wake_all(warp.waiting);
+  if (warp.waiting.size() == kLanes) {
+    // Only sync_warp, which hands over no value, promises anything of memory.
+    if (bytes == 0) m.visibility.warp_barrier(warp, &thread.block->threads[thread.index / kLanes * kLanes], kLanes);
+    wake_all(warp.waiting);
+  }
   switch_to_scheduler();
   return slots[0];
 }
@@ -340,10 +257,12 @@ void arrive_at_cluster(const Place& place) {
   if (thread.arrived) fail("arrives at the cluster's barrier twice, line " + std::to_string(place.line));
   thread.arrived = true;
   thread.arrival_phase = cluster.phase;
+  m.visibility.cluster_arrival(thread);
   if (++cluster.arrived == static_cast<int>(cluster.blocks.size()) * m.launch.threads) {
     cluster.arrived = 0;
     cluster.phase += 1;
     m.jumps = 0;
+    m.visibility.cluster_barrier(cluster);
     wake_all(cluster.waiting);
   }
   give_way();
@@ -364,7 +283,7 @@ void wait_for_cluster(const Place& place) {
   thread.arrived = false;
 }
 
-uint32_t poll(const uint32_t* flag, const Place& place) {
+uint32_t poll(const uint32_t* flag, bool acquire, const Place& place) {
   Machine& m = machine();
   Thread& thread = *m.running;
   if (thread.polled == flag && thread.polled_value == *flag) {
@@ -375,15 +294,21 @@ uint32_t poll(const uint32_t* flag, const Place& place) {
     yield();
   }
   thread.polled = flag;
-  thread.polled_value = *flag;
+  thread.polled_value = m.visibility.load_flag(thread, flag, acquire);
   return thread.polled_value;
 }
 
-void publish(uint32_t* flag, uint32_t value) {
+void publish(uint32_t* flag, uint32_t value, bool release) {
   Machine& m = machine();
-  *flag = value;
+  if (release) m.visibility.fence(*m.running);
+  m.visibility.store_flag(*m.running, flag, value);
   m.jumps = 0;
   wake_all(m.parked);
+  give_way();
+}
+
+void fence() {
+  machine().visibility.fence(running());
   give_way();
 }
 
@@ -405,40 +330,20 @@ char* shared_of(const char* address, int rank, size_t bytes) {
   return other.shared + offset;
 }
 
-}  // namespace fusedreg::cuda::emulation
-
-namespace fusedreg::cuda {
-
-using emulation::machine;
-
-void launch_kernel(const void* kernel, const char* pretty, const Launch& launch, void* params) {
-  emulation::Machine& m = machine();
-  const std::lock_guard<std::mutex> lock(m.one_launch);
-  const std::string name = emulation::kernel_name(pretty);
-  try {
-    emulation::check_launch(launch, m.limits);
-  } catch (const std::runtime_error& error) {
-    throw std::runtime_error("CUDA emulation: " + name + ": " + error.what());
-  }
+std::string run_blocks(const Launch& launch, const void* kernel, const void* params,
+                       const std::vector<std::pair<int, int>>& places, uint64_t seed) {
+  Machine& m = machine();
   m.launch = launch;
   m.kernel = reinterpret_cast<void (*)(const void*)>(const_cast<void*>(kernel));
   m.params = params;
   m.failure.clear();
-  m.random.seed(m.schedule * 1'000'003 + m.launches++);
-  emulation::run_grid();
+  m.random.seed(seed);
+  m.visibility.random.seed(seed + 1);
+  start_blocks(places);
+  run_until_all_return();
   m.blocks.clear();
   m.clusters.clear();
-  if (!m.failure.empty()) throw std::runtime_error("CUDA emulation: " + name + ": " + m.failure);
+  return m.failure;
 }
 
-int largest_cluster_of(const void*, const char*, int, size_t shared_bytes) {
-  const DeviceLimits limits = emulation::limits();
-  const bool fits = shared_bytes <= static_cast<size_t>(limits.shared_bytes_per_block);
-  return limits.major < 9 || !fits ? 0 : emulation::kMostClusterBlocks;
-}
-
-DeviceLimits device_limits() { return emulation::limits(); }
-void clear_async(void* memory, size_t bytes, void*) { std::memset(memory, 0, bytes); }
-void copy_async(void* to, const void* from, size_t bytes, void*) { std::memmove(to, from, bytes); }
-
-}  // namespace fusedreg::cuda
+}  // namespace fusedreg::cuda::emulation

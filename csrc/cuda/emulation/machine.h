@@ -8,9 +8,11 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../runtime.h"
+#include "visibility.h"
 
 namespace fusedreg::cuda::emulation {
 
@@ -40,12 +42,16 @@ struct Thread {
   uint32_t polled_value = 0;
   bool arrived = false;  // at the cluster's barrier, without having waited yet
   uint32_t arrival_phase = 0;
+  StoreList stores;          // for the device, in no barrier yet
+  StoreList cluster_stores;  // into shared memory of other blocks
+  uint32_t seen = 0;         // up to when it has seen what others stored
 };
 
 struct Warp {
   int arrived = 0;
   Place place;
   std::vector<Thread*> waiting;
+  StoreList stores;
   // Two sets: a slow lane may still read one operation's values while the others have gone on to the next.
   alignas(16) unsigned char slot[2][kLanes][kExchangeBytes];
 };
@@ -61,6 +67,7 @@ struct Block {
   std::vector<Thread*> waiting;  // at sync_block
   bool listed = false;           // among the machine's active blocks
   int slow_warp = -1;
+  StoreList stores;
   std::unique_ptr<unsigned char[]> memory;
   char* shared = nullptr;
 };
@@ -70,22 +77,7 @@ struct Cluster {
   int arrived = 0;
   uint32_t phase = 0;
   std::vector<Thread*> waiting;
-};
-
-// xorshift: fast, and the same sequence everywhere.
-class Random {
- public:
-  void seed(uint64_t value) { state_ = value * 0x9E3779B97F4A7C15u + 0xD1B54A32D192ED03u; }
-  uint32_t next() {
-    state_ ^= state_ << 13;
-    state_ ^= state_ >> 7;
-    state_ ^= state_ << 17;
-    return static_cast<uint32_t>(state_ >> 32);
-  }
-  uint32_t below(uint32_t bound) { return static_cast<uint32_t>((static_cast<uint64_t>(next()) * bound) >> 32); }
-
- private:
-  uint64_t state_ = 1;
+  StoreList stores;
 };
 
 // What the device functions call. All but the last group belong to the running thread.
@@ -95,17 +87,24 @@ void meet_block(const Place& place);
 const unsigned char* meet_warp(const Place& place, const void* value, size_t bytes);
 void arrive_at_cluster(const Place& place);
 void wait_for_cluster(const Place& place);
-uint32_t poll(const uint32_t* flag, const Place& place);
-void publish(uint32_t* flag, uint32_t value);
+uint32_t poll(const uint32_t* flag, bool acquire, const Place& place);
+void publish(uint32_t* flag, uint32_t value, bool release);
+void fence();
+// The same place in the shared memory of another block of the cluster.
 char* shared_of(const char* address, int rank, size_t bytes);
 void give_way();  // lets others run, or not, as the seed has it
+Visibility& visibility();
 uint64_t virtual_nanoseconds();
 const Launch& launched();
 [[noreturn]] void fail(const std::string& message);
 
+// Runs blocks that are alive together, in the clusters that the launch asks for; why it failed, or nothing.
+std::string run_blocks(const Launch& launch, const void* kernel, const void* params,
+                       const std::vector<std::pair<int, int>>& places, uint64_t seed);
+std::string describe_deadlock(const std::vector<std::unique_ptr<Block>>& blocks);
+
 // What the host sets.
 void set_limits(const DeviceLimits& limits);
-DeviceLimits limits();
 void set_schedule(uint64_t seed);
 
 }  // namespace fusedreg::cuda::emulation
