@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import tables
-from benchmarks.results import Results, load
+from benchmarks.results import Results, load, measured
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
@@ -89,8 +89,29 @@ def character_markdown(results: Results) -> str:
     return "\n\n".join([heading(results), character_table(results).markdown(), sentence, sample])
 
 
+def phase_table(results: Results) -> tables.Table:
+    """What ``tools/gpu.py`` ran, and what became of it."""
+    rows = []
+    for phase in results["phases"]:
+        counts = phase["tests"] or {}
+        told = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped") if name in counts)
+        if phase["status"] == "not run":
+            told = phase["detail"]
+        rows.append([phase["name"], phase["status"], f"{phase['seconds']:.0f}", told])
+    return tables.Table("Phases on the GPU", ["phase", "status", "seconds", "tests"], rows)
+
+
+def gpu_markdown(results: Results) -> str:
+    """The phases, and the tables of what was measured."""
+    driver = results["machine"]["driver"]
+    parts = [f"{heading(results)[:-1]}, driver {driver}.", phase_table(results).markdown()]
+    return "\n\n".join([*parts, *(cases_markdown(part) for part in measured(results))])
+
+
 def markdown(results: Results) -> str:
-    """The tables of one file of either kind."""
+    """The tables of one file of any kind."""
+    if results["kind"] == "gpu":
+        return gpu_markdown(results)
     return cases_markdown(results) if results["kind"] == "cases" else character_markdown(results)
 
 

@@ -10,7 +10,8 @@ A file holds one run on one device::
 A comparison's ``status`` is ``ok``, ``wrong`` (its numbers failed the check: it has no times), ``failed`` (it raised),
 ``unavailable`` or ``impossible``, with a ``reason``. Ratios are times of ``variant`` over times of ``against``: below
 1 is faster. ``rates["device"]`` holds a GPU's ceilings (:mod:`benchmarks.ceilings`); ``left_out`` names the cases that
-a limit of time left out.
+a limit of time left out. A file of ``"kind": "gpu"``, by ``tools/gpu.py``, has the outcomes of its ``phases``, and such
+a run as its ``"benchmarks"`` and ``"sweep"``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def save(results: Results, path: Path) -> None:
     """Write ``results`` as JSON, after :func:`validate`."""
     validate(results, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    # A run that is ended while it writes leaves the file before it whole.
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(results, indent=1) + "\n")
+    beside.replace(path)
 
 
 def load(path: Path) -> Results:
@@ -55,10 +59,15 @@ def validate(results: Any, origin: str = "results") -> None:
     """Raise ``ValueError`` unless ``results`` has the layout above (or is a character model's file)."""
     _require(isinstance(results, dict), origin, f"not an object but {type(results).__name__}")
     _require(results.get("format") == FORMAT, origin, f"format {results.get('format')!r} is not {FORMAT}")
-    _require(results.get("kind") in ("cases", "character_model"), origin, f"kind {results.get('kind')!r}")
+    _require(results.get("kind") in ("cases", "character_model", "gpu"), origin, f"kind {results.get('kind')!r}")
     _require("machine" in results and "commit" in results["machine"], origin, "no machine or commit")
     if results["kind"] == "character_model":
         _require(bool(results.get("models")), origin, "no models")
+        return
+    if results["kind"] == "gpu":
+        _require(bool(results.get("phases")), origin, "no phases")
+        for part in measured(results):
+            validate(part, origin)
         return
     for case in results.get("cases", []):
         for row in case["comparisons"]:
@@ -66,6 +75,13 @@ def validate(results: Any, origin: str = "results") -> None:
             _require(row["status"] in STATUSES, origin, f"{where}: status {row['status']!r}")
             _require(row["status"] == "ok" or "ratio" not in row, origin, f"{where}: a speed without a passed check")
             _require(row["status"] != "ok" or row.get("ratio", 0) > 0, origin, f"{where}: no ratio")
+
+
+def measured(results: Results) -> list[Results]:
+    """The runs of cases in a file: itself, or those that ``tools/gpu.py`` put into its own."""
+    if results["kind"] == "cases":
+        return [results]
+    return [results[name] for name in ("benchmarks", "sweep") if name in results]
 
 
 def find(case: dict[str, Any], variant: str, against: str, mode: str) -> dict[str, Any] | None:

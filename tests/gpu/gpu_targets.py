@@ -5,7 +5,8 @@ runs there and moves the results back, through autograd.
 
 ``FUSEDREG_GPU_TESTS`` names a stand-in, so that the tests themselves can be tried without a GPU: ``cpu`` (the CPU's
 kernels for every target), ``emulated`` (the CUDA sources on an emulated device, where that library is built) or
-``interpreter`` (Triton's, with ``TRITON_INTERPRET=1``).
+``interpreter`` (Triton's, with ``TRITON_INTERPRET=1``). ``FUSEDREG_GPU_TARGET`` names one target, and the tests of the
+others are left out: ``tools/gpu.py`` runs each in a process of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fusedreg.functional import LAYER_FUNCTIONS
 from fusedreg.layer import LayerParameters, LayerResult, RunningStatistics
 
 STAND_IN = os.environ.get("FUSEDREG_GPU_TESTS", "")
+CHOSEN = os.environ.get("FUSEDREG_GPU_TARGET", "")
 EMULATED = Path(__file__).resolve().parents[2] / "build" / "cuda_emulation" / "libfusedreg_cuda_emulated.so"
 DEVICE = torch.device("cpu") if STAND_IN else torch.device("cuda")
 
