@@ -44,7 +44,14 @@ size_t persistent_forward_scratch(const LayerInputs& in, const Choice& choice) {
 void persistent_forward(const ForwardLoop& loop, const Choice& choice) {
   const LayerInputs& in = loop.layer.in;
   const ForwardShape shape = forward_shape(in, choice);
-  const PersistentForwardParams params{loop, loop_masks<float>(in), shape, ForwardRoom(shape)};
+  const PersistentForwardParams params{loop,
+                                       loop_masks<float>(in),
+                                       shape,
+                                       ForwardRoom(shape),
+                                       shape.exchange(),
+                                       shape.chunks(),
+                                       shape.most_chunks(),
+                                       shape.working_warps()};
   const size_t scratch = persistent_forward_scratch(in, choice);
   if (scratch > loop.scratch_bytes) throw std::runtime_error("persistent_forward: scratch is smaller than asked for");
   if (scratch > 0) clear_async(loop.scratch, scratch, loop.stream);

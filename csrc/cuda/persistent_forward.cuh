@@ -47,13 +47,13 @@ class PersistentForward {
 
  public:
   FUSEDREG_DEVICE explicit PersistentForward(const PersistentForwardParams& params)
-      : block_(params), exchange_(params.shape.exchange(), kClustered, exchange_memory(params)) {}
+      : block_(params), exchange_(params.exchange, kClustered, exchange_memory(params)) {}
 
   FUSEDREG_DEVICE void run() {
     const PersistentForwardParams& params = block_.params;
     const ForwardShape& shape = params.shape;
     const ForwardRoom& room = params.room;
-    const int chunks = shape.chunks(), most_chunks = shape.most_chunks();
+    const int chunks = params.chunks, most_chunks = params.most_chunks;
     const int first_chunk = warp_index() * most_chunks;
     const int own_chunks = first_chunk >= chunks ? 0 : smaller(most_chunks, chunks - first_chunk);
     Product product(room.product.in(block_.shared), most_chunks, first_chunk, own_chunks);
@@ -93,7 +93,7 @@ class PersistentForward {
   }
   FUSEDREG_DEVICE Source source() const {
     const ForwardShape& shape = block_.params.shape;
-    return {exchange_.buffer(), shape.rows, shape.exchange().line_bytes, shape.copies};
+    return {exchange_.buffer(), shape.rows, block_.params.exchange.line_bytes, shape.copies};
   }
   FUSEDREG_DEVICE float* partials() const { return block_.params.room.partials.in(block_.shared); }
 
@@ -216,7 +216,7 @@ class PersistentForward {
   // The sums of rows first ... last - 1: through the cells at once, or where there is a norm only into `raw`.
   FUSEDREG_DEVICE void take_sums(int first, int last) {
     const ForwardShape& shape = block_.params.shape;
-    const int warps = shape.working_warps();
+    const int warps = block_.params.working_warps;
     block_.each_cell(first, last, [&](const Cell& cell) {
       const uint32_t bits = block_.masks()[cell.index()];
       if ((bits & kRuns) == 0) return;

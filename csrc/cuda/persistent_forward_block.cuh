@@ -7,11 +7,14 @@
 
 namespace fusedreg::cuda {
 
+// What can be reckoned beforehand is, so that the kernel finds it among its parameters and keeps no register for it.
 struct PersistentForwardParams {
   ForwardLoop loop;
   LoopMasks<float> masks;
   ForwardShape shape;
   ForwardRoom room;
+  ExchangeLayout exchange;
+  int chunks, most_chunks, working_warps;  // as the functions of `shape`
 };
 
 // A cell's place in a block's tables.
@@ -112,7 +115,7 @@ struct ForwardBlock {
   FUSEDREG_DEVICE void count_rows(int s) {
     if (params.shape.norm != NormKind::Batch) return;
     int own = 0;
-    for (int row = lane(); row < rows; row += 32) own += s < length(row) ? 1 : 0;
+    for (int row = opaque(lane()); row < rows; row += 32) own += s < length(row) ? 1 : 0;
     for (int mask = 1; mask < 32; mask *= 2) own += shuffle_xor(own, mask);
     count = own;
   }

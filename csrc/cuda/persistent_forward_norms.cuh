@@ -5,6 +5,8 @@
 #include "exchange.cuh"
 #include "persistent_forward_block.cuh"
 
+// As everywhere in the loop over the steps, indices of threads are opaque() and loops are not unrolled: registers are
+// for W_hh.
 namespace fusedreg::cuda {
 
 // Batch norm keeps [mean, variance, scale][column], the scale times the gain; layer norm [row][mean, variance].
@@ -43,7 +45,7 @@ template <int U>
 FUSEDREG_DEVICE void load_population(const ForwardBlock<U>& block, int s) {
   const LoopInputs& layer = block.params.loop.layer;
   if (takes_batch_statistics(layer.in.options, block.count)) return;
-  const int thread = thread_index(), own = thread % U;
+  const int thread = opaque(thread_index()), own = thread % U;
   if (own >= block.units) return;
   if (block.params.shape.norm_recurrent && thread < 4 * U) {
     const int64_t column = thread / U * layer.in.hidden_size + block.first_unit + own;
@@ -62,29 +64,32 @@ template <int kColumns, int U>
 FUSEDREG_DEVICE void take_column_moments(const ForwardBlock<U>& block, const float* values, int stride, int s,
                                          const float* gains, float* moments) {
   constexpr int kGroups = kProductThreads / kColumns;
-  const int column = thread_index() % kColumns, group = thread_index() / kColumns;
+  const int thread = opaque(thread_index()), column = thread % kColumns, group = thread / kColumns;
   const float share = 1.0f / static_cast<float>(block.count);
   float* const sums = block.sums();
   const auto total = [&](const float* parts) {
     float sum = 0;
+#pragma unroll 4
     for (int other = 0; other < kGroups; ++other) sum += parts[other * kColumns + column];
     return sum;
   };
   sync_block();  // the values are whole
   float sum = 0;
+#pragma unroll 4
   for (int row = group; row < block.rows; row += kGroups) {
     if (s < block.length(row)) sum += values[row * stride + column];
   }
-  sums[thread_index()] = sum;
+  sums[thread] = sum;
   sync_block();
   const float mean = total(sums) * share;
   float squares = 0;
+#pragma unroll 4
   for (int row = group; row < block.rows; row += kGroups) {
     if (s >= block.length(row)) continue;
     const float distance = values[row * stride + column] - mean;
     squares += distance * distance;
   }
-  sums[kProductThreads + thread_index()] = squares;
+  sums[kProductThreads + thread] = squares;
   sync_block();
   if (group == 0) {
     keep_column(block, moments, kColumns, column, gains[column], {mean, total(sums + kProductThreads) * share, false});
@@ -100,10 +105,10 @@ FUSEDREG_DEVICE void take_row_moments(const ForwardBlock<U>& block, Exchange& ex
   const int columns = groups * U;
   const float share = 1.0f / static_cast<float>(groups * block.units);
   sync_block();  // the values are whole
-  for (int row = warp_index(); row < block.rows; row += kProductWarps) {
+  for (int row = opaque(warp_index()); row < block.rows; row += kProductWarps) {
     const auto over_columns = [&](const auto& term) {
       float sum = 0;
-      for (int column = lane(); column < columns; column += 32) {
+      for (int column = opaque(lane()); column < columns; column += 32) {
         if (column % U < block.units) sum += term(values[row * stride + column]);
       }
       for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
@@ -144,7 +149,7 @@ template <int U>
 FUSEDREG_DEVICE void write_batch_moments(const ForwardBlock<U>& block, int s, bool reached) {
   const LayerOutputs& out = block.params.loop.out;
   const int64_t hidden_size = block.params.shape.hidden_size;
-  const int thread = thread_index(), own = thread % U;
+  const int thread = opaque(thread_index()), own = thread % U;
   if (own >= block.units) return;
   if (block.params.shape.norm_recurrent && thread < 4 * U) {
     const float* const moments = block.gate_moments() + thread;
@@ -164,7 +169,7 @@ FUSEDREG_DEVICE void write_layer_moments(const ForwardBlock<U>& block, int s, bo
   if (block.own_block != 0) return;
   const LayerInputs& in = block.params.loop.layer.in;
   const LayerOutputs& out = block.params.loop.out;
-  for (int row = thread_index(); row < block.rows; row += kProductThreads) {
+  for (int row = opaque(thread_index()); row < block.rows; row += kProductThreads) {
     const int64_t length = block.length(row), b = block.first_row + row;
     const int64_t t = position(in, length, s);
     const bool runs = reached && s < length;
