@@ -1,7 +1,7 @@
 """The CUDA kernels, on an emulated device, against the float64 reference: results and all gradients, every tier.
 
-The same cases and the same budget as for the CPU in ``test_parity.py``; what may be read and written is tested in
-``test_cuda_memory_safety.py``.
+The same cases and the same budget as for the CPU in ``test_parity.py``. Masks are compared in ``test_cuda_masks.py``,
+what may be read and written in ``test_cuda_memory_safety.py``.
 """
 
 from __future__ import annotations
@@ -156,17 +156,3 @@ def test_inference_equals_training_forward(name: str) -> None:
                 without = run_layer(lstm_layer, case, arguments, backward=False)
         for key, value in without.items():
             assert torch.equal(value, with_graph[key]), f"{tier}, {mode}: {key}"
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_tiers_draw_the_same_masks(tier: str) -> None:
-    """Where the reference has a zero, by a mask or by padding, so has each tier, and nowhere else."""
-    for name in ("everything", "everything_untied"):
-        case = case_of(name, "lengths", steps=5, rows=20, hidden_size=21)
-        arguments = make_arguments(case, 6)
-        with use(tier):
-            values = run_layer(lstm_layer, case, arguments)
-        with use("step"):
-            expected = run_layer(lstm_layer, case, arguments)
-        for key in ("output", "grad input", "grad weight_hh"):
-            assert torch.equal(values[key] == 0, expected[key] == 0), key
