@@ -205,9 +205,10 @@ def _readable(names: list[str]) -> list[str]:
 
 
 def register_report(folder: Path = OBJECTS) -> list[KernelReport]:
-    """What the logs beside the objects in ``folder`` say, a line a kernel and architecture."""
+    """What the logs beside the objects in ``folder`` say, an entry a kernel and architecture."""
     found: list[KernelReport] = []
-    for log in sorted(folder.glob(f"*{PTXAS_LOG}")):
+    logs = (folder / f"{source.stem}{PTXAS_LOG}" for source in sorted(SOURCES.glob("*.cu")))
+    for log in filter(Path.exists, logs):
         # A kernel's own properties follow its name; those of functions that it calls may come between.
         for part in re.split(r"(?=ptxas info *: Compiling entry function)", log.read_text()):
             entry, used = _ENTRY.search(part), _USED.search(part)
