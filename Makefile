@@ -5,6 +5,7 @@
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #   make mutate     the CUDA kernels under the emulator, with each barrier and fence removed in turn (an hour)
+#   make gpu        on a machine with an NVIDIA GPU: builds, tests on it, benchmarks, writes build/gpu/results.json
 #   make registers  registers and spills of each CUDA kernel, where nvcc is
 #   make build      the compiled extensions alone
 #   make format     rewrites what lint would complain of
@@ -19,6 +20,7 @@
 #   ARGUMENTS="-k name -x"    goes to pytest
 #   BENCH="--preset cpu-full"     arguments of `make bench`
 #   MUTATE="--only exchange.cuh"  arguments of `make mutate`
+#   GPU="--phases build,tests"    arguments of `make gpu`: tools/gpu.py --help has them
 #   FUSEDREG_CUDA=0           no CUDA extension, though nvcc is there; 1: fails where nvcc is not. See setup.py
 
 SHELL := /bin/bash
@@ -32,6 +34,7 @@ SETUP ?= 1
 TESTS ?= tests
 ARGUMENTS ?=
 MUTATE ?=
+GPU ?=
 BENCH ?= --preset cpu --json build/bench/results.json --plots build/bench
 
 ifeq ($(SETUP),0)
@@ -55,7 +58,7 @@ WITH_CUDA := $(filter-out 0 off false no,$(or $(filter-out auto,$(FUSEDREG_CUDA)
 FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp tests/native/*.h)
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help build test lint bench sanitize mutate registers format clean
+.PHONY: help build test lint bench gpu sanitize mutate registers format clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -120,6 +123,10 @@ bench: build
 
 sanitize: build
 	$(RUN) tools/sanitize.py --tests '$(filter-out tests,$(TESTS))' -- $(ARGUMENTS)
+
+# Builds by itself, so that a build that fails is reported like any other phase.
+gpu: $(ENVIRONMENT)
+	$(RUN) tools/gpu.py $(GPU)
 
 mutate: $(EMULATED)
 	$(RUN) tools/mutate_cuda.py $(MUTATE)
