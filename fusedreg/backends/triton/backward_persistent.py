@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fusedreg.backends.triton.backward_step import rows_stage, units_stage
-from fusedreg.backends.triton.jit_grid import arrive, wait_for
+from fusedreg.backends.triton.jit_grid import COUNTER_STRIDE, arrive, wait_for
 from fusedreg.backends.triton.jit_tile import NORM_BATCH, NORM_LAYER
 
 if TYPE_CHECKING:
@@ -38,6 +38,12 @@ def persistent_kernel(  # type: ignore[no-untyped-def]
     row_groups = (rows + BLOCK.whole_rows - 1) // BLOCK.whole_rows
     if BLOCK.norm == NORM_BATCH:
         row_tiles = rows * 0 + 1
+    together = programs
+    if BLOCK.norm != NORM_LAYER:
+        # Rows know nothing of each other: where a program has one tile, only those of its rows wait for each other.
+        alone = programs == unit_tiles * row_tiles
+        together = tl.where(alone, unit_tiles, programs)
+        arrivals += tl.where(alone, program // unit_tiles, 0) * COUNTER_STRIDE
     target = programs * 0
     s = numbers.sizes.steps - 1
     while s >= last_step:
@@ -45,7 +51,7 @@ def persistent_kernel(  # type: ignore[no-untyped-def]
         while tile < unit_tiles * row_tiles:
             units_stage(s, tile % unit_tiles, tile // unit_tiles, tensors, numbers, LAYER, BLOCK)
             tile += programs
-        target += programs
+        target += together
         arrive(arrivals)
         wait_for(arrivals, target)
         if BLOCK.norm == NORM_LAYER:
@@ -54,7 +60,7 @@ def persistent_kernel(  # type: ignore[no-untyped-def]
                 while row_group < row_groups:
                     rows_stage(s, row_group, tensors, numbers, LAYER, BLOCK)
                     row_group += programs
-                target += programs
+                target += together
                 arrive(arrivals)
                 wait_for(arrivals, target)
         s -= 1
@@ -68,7 +74,8 @@ def launch_persistent(
     to_initial_hidden: bool,
 ) -> None:
     """Launch it so that all programs run at once, or not at all."""
-    arrivals = torch.zeros(1, dtype=torch.int32, device=tensors.grads.direct.device)
+    counters = configuration.row_tiles * COUNTER_STRIDE.value
+    arrivals = torch.zeros(counters, dtype=torch.int32, device=tensors.grads.direct.device)
     persistent_kernel[(configuration.programs,)](
         tensors,
         numbers,
