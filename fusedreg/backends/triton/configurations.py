@@ -11,21 +11,23 @@ from typing import NamedTuple
 import torch
 from triton import knobs
 
-from fusedreg.backends.triton.layout import Layer
+from fusedreg.backends.triton.layout import UNTIED, Layer
 from fusedreg.encoding import NORM_BATCH, NORM_LAYER
 
 _UNITS = (8, 16, 32)
 _STEP_UNITS = 16
-# Of a program's shared memory, what its share of W_hh may take; the rest is for tiles of h and for the compiler.
-_RESIDENT_SHARE = 0.7
-_LEAST_SHARED = 48 * 1024
-_RESIDENT_TILES = 8  # of each gate at most: a resident W_hh is unrolled, and compiling takes its time
+_SPARE_BYTES = 24 * 1024  # of a program's shared memory: for sums over warps, and for the compiler's own use
+_LEAST_SHARED = 64 * 1024
+_TILE_BYTES = 32 * 1024  # of h at once: each tile is a wait for the exchange, and each byte a register's
+_TILES = 8  # of a gate at most that are held: each is code of its own, and compiling it takes its time
+_PADDING = 1.34  # how much wider than H the tiles may be together
 
 
 class Block(NamedTuple):
     """Sizes of a kernel's tiles, powers of two, and how it runs; compiled in.
 
-    A product takes ``rows`` by ``columns`` of ``h`` and ``columns`` by ``units`` of each gate's ``W_hh``. A stage that
+    A product takes ``rows`` by ``columns`` of ``h`` and ``columns`` by ``units`` of each gate's ``W_hh``; where that is
+    too small to give every warp rows or units of its own, warps ``split`` the columns and add up. A stage that
     owns whole rows takes ``whole_rows`` of them, ``wide`` units at once. ``precision`` is Triton's
     ``input_precision``.
     """
@@ -33,6 +35,7 @@ class Block(NamedTuple):
     rows: int
     units: int
     columns: int
+    split: int
     wide: int
     whole_rows: int
     persistent: int
@@ -108,12 +111,16 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
     precision = product_precision(dtype)
     fitting = [units for units in _UNITS if -(-hidden_size // units) <= present]
     if persistent is None:
-        persistent = bool(fitting) and device.type != "cpu"
+        persistent = bool(fitting) and present > 1
     if persistent:
         units = (fitting or [max(8, power_of_two(hidden_size))])[0]
     else:
         units = min(_STEP_UNITS, max(8, power_of_two(hidden_size)))
-    columns, resident = _columns(hidden_size, units, dtype, precision, limits if persistent else None)
+    columns, resident = _columns(layer, tile_rows, units, precision, limits if persistent else None)
+    # One element of the tile to a thread; and warps that have no rows of their own in the product split its columns.
+    small = tile_rows <= 32 and (dtype != torch.float32 or precision != "ieee")
+    warps = 8 if resident and tile_rows == 32 else 4
+    split = warps if small and columns >= 16 * warps else 1
     programs = -(-hidden_size // units)
     tiles = -(-rows // tile_rows)
     # A batch norm's statistics are over all rows; a layer norm's second stage shares rows out by itself.
@@ -124,6 +131,7 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
         rows=tile_rows,
         units=units,
         columns=columns,
+        split=split,
         wide=wide_columns(hidden_size),
         whole_rows=whole_rows(rows),
         persistent=int(persistent),
@@ -135,24 +143,28 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
         programs,
         groups=-(-tiles // tiles_per_group),
         rows_per_group=tiles_per_group * tile_rows,
-        warps=4,
-        stages=1 if persistent else 3,
+        warps=warps,
+        stages=1 if resident else 3,
     )
 
 
-def _columns(
-    hidden_size: int, units: int, dtype: torch.dtype, precision: str, limits: Device | None
-) -> tuple[int, bool]:
+def _columns(layer: Layer, rows: int, units: int, precision: str, limits: Device | None) -> tuple[int, bool]:
     """How many columns a tile of ``W_hh`` has, and whether a program can hold all of its tiles over the steps.
 
     True float32 runs on no tensor core: its operands go through registers, so tiles are narrow, and read each step.
     """
+    hidden_size, dtype = layer.flags.hidden_size, layer.tensors.weight_hh.dtype
     most = max(16, power_of_two(hidden_size))
     if dtype == torch.float32 and precision == "ieee":
         return min(16, most), False
     if limits is not None:
-        columns = min(most, max(64, power_of_two(-(-hidden_size // _RESIDENT_TILES))))
+        copies = 4 if layer.flags.hidden_dropout == UNTIED else 1
+        columns = _TILE_BYTES // (rows * dtype.itemsize * copies)
+        columns = min(most, max(columns, power_of_two(-(-hidden_size // _TILES))))
+        while columns * _TILES > 2 * most and -(-hidden_size // columns) * columns > _PADDING * hidden_size:
+            columns //= 2
         held = 4 * units * -(-hidden_size // columns) * columns * dtype.itemsize
-        if held <= _RESIDENT_SHARE * limits.shared_bytes:
+        tile = copies * rows * columns * dtype.itemsize
+        if held + tile + _SPARE_BYTES <= limits.shared_bytes:
             return columns, True
     return min(64, most), False

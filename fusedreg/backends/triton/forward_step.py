@@ -38,13 +38,32 @@ from fusedreg.backends.triton.jit_tile import UNTIED
 
 
 @triton.jit
+def tile_columns(first_column, BLOCK: tl.constexpr):
+    """The columns of a tile: in one piece, or ``(split, ·)``, a piece for each warp."""
+    if BLOCK.split > 1:
+        # A sum of two ranges and not one range reshaped: so the compiler sees what is adjacent.
+        piece: tl.constexpr = BLOCK.columns // BLOCK.split
+        columns = first_column + (tl.arange(0, BLOCK.split) * piece)[:, None] + tl.arange(0, piece)[None, :]
+    else:
+        columns = first_column + tl.arange(0, BLOCK.columns)
+    return columns
+
+
+@triton.jit
 def load_weight(gate, units, first_column, tensors, LAYER: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile of one gate's rows of ``W_hh``, turned: ``(columns, units)``."""
+    """A tile of one gate's rows of ``W_hh``, turned: ``(columns, units)``, or ``(split, columns, units)``."""
     size: tl.constexpr = LAYER.hidden_size
-    columns = first_column + tl.arange(0, BLOCK.columns)
-    inside = (units < size)[:, None] & (columns < size)[None, :]
-    at = ((gate * size + units).to(tl.int64) * size)[:, None] + columns[None, :]
-    return tl.trans(tl.load(tensors.inputs.weight_hh + at, mask=inside, other=0.0))
+    columns = tile_columns(first_column, BLOCK)
+    row = (gate * size + units).to(tl.int64) * size
+    if BLOCK.split > 1:
+        inside = (units < size)[None, :, None] & (columns < size)[:, None, :]
+        weight = tensors.inputs.weight_hh + row[None, :, None] + columns[:, None, :]
+        tile = tl.permute(tl.load(weight, mask=inside, other=0.0), (0, 2, 1))
+    else:
+        inside = (units < size)[:, None] & (columns < size)[None, :]
+        weight = tensors.inputs.weight_hh + row[:, None] + columns[None, :]
+        tile = tl.trans(tl.load(weight, mask=inside, other=0.0))
+    return tile
 
 
 @triton.jit
@@ -63,9 +82,14 @@ def resident_weights(units, tensors, LAYER: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def exchanged(start, first_column, live, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """A tile of the masked ``h_{s-1}``: written by other programs, so never from this one's own cache."""
-    columns = first_column + tl.arange(0, BLOCK.columns)
-    inside = live[:, None] & (columns < LAYER.hidden_size)[None, :]
-    return tl.load(start[:, None] + columns[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+    columns = tile_columns(first_column, BLOCK)
+    if BLOCK.split > 1:
+        inside = live[None, :, None] & (columns < LAYER.hidden_size)[:, None, :]
+        hidden = start[None, :, None] + columns[:, None, :]
+    else:
+        inside = live[:, None] & (columns < LAYER.hidden_size)[None, :]
+        hidden = start[:, None] + columns[None, :]
+    return tl.load(hidden, mask=inside, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -98,7 +122,11 @@ def recurrent_product(s, rows, units, live, tiles, tensors, numbers, LAYER: tl.c
     copies: tl.constexpr = 4 if LAYER.hidden_dropout == UNTIED else 1
     copy = numbers.sizes.rows.to(tl.int64) * size
     start = tensors.state.exchange + (s % 2) * (copies * copy) + rows.to(tl.int64) * size
-    a_i = tl.zeros([rows.shape[0], units.shape[0]], tl.float32)
+    split: tl.constexpr = BLOCK.split
+    if split > 1:
+        a_i = tl.zeros([split, rows.shape[0], units.shape[0]], tl.float32)
+    else:
+        a_i = tl.zeros([rows.shape[0], units.shape[0]], tl.float32)
     a_f = a_i
     a_g = a_i
     a_o = a_i
@@ -118,6 +146,11 @@ def recurrent_product(s, rows, units, live, tiles, tensors, numbers, LAYER: tl.c
             a_i, a_f, a_g, a_o = add_products(
                 a_i, a_f, a_g, a_o, start, copy, chunk, live, w_i, w_f, w_g, w_o, LAYER, BLOCK
             )
+    if split > 1:
+        a_i = tl.sum(a_i, 0)
+        a_f = tl.sum(a_f, 0)
+        a_g = tl.sum(a_g, 0)
+        a_o = tl.sum(a_o, 0)
     scale = numbers.rates.recurrent_scale
     return a_i * scale, a_f * scale, a_g * scale, a_o * scale
 
