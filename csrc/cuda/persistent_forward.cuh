@@ -39,7 +39,7 @@ template <class Mode, int U, bool kClustered>
 class PersistentForward {
   using Storage = typename Mode::Storage;
   static constexpr int kColumns = 4 * U;
-  static constexpr int kRegisterChunks = forward_register_chunks(U);
+  static constexpr int kRegisterChunks = forward_register_chunks(U, Mode::kMatrixInstructions);
   using Product = ResidentProduct<Mode, kColumns / 8, kRegisterChunks>;
   using Source = std::conditional_t<kClustered, SharedSource, GlobalSource>;
   using Block = ForwardBlock<U>;

@@ -11,8 +11,12 @@
 
 namespace fusedreg::cuda {
 
-// Chunks of W that a warp keeps in registers, at units / 2 * 4 registers a thread each: as many as spill nothing.
-FUSEDREG_HOST_DEVICE constexpr int forward_register_chunks(int units) { return units == 8 ? 4 : units == 16 ? 3 : 2; }
+// Chunks of W that a warp keeps in registers, at 2 registers a thread and unit each: as many as spill nothing. float32
+// without matrix instructions reads W seldom (once for 16 rows), and needs the registers for its sums.
+FUSEDREG_HOST_DEVICE constexpr int forward_register_chunks(int units, bool matrix_instructions) {
+  if (!matrix_instructions) return units == 8 ? 4 : units == 16 ? 2 : 1;
+  return units == 8 ? 4 : units == 16 ? 3 : 2;
+}
 
 struct ForwardShape {
   bool clustered = false;
@@ -32,6 +36,9 @@ struct ForwardShape {
   FUSEDREG_HOST_DEVICE constexpr int chunk_values() const { return kChunkBytes / storage_bytes; }
   FUSEDREG_HOST_DEVICE constexpr int chunks() const { return (hidden_size + chunk_values() - 1) / chunk_values(); }
   FUSEDREG_HOST_DEVICE constexpr int most_chunks() const { return (chunks() + kProductWarps - 1) / kProductWarps; }
+  FUSEDREG_HOST_DEVICE constexpr int register_chunks() const {
+    return forward_register_chunks(units, matrix_instructions);
+  }
   // Warps that have a part of K: the first ones, contiguous parts, so that each waits for few blocks.
   FUSEDREG_HOST_DEVICE constexpr int working_warps() const { return (chunks() + most_chunks() - 1) / most_chunks(); }
   // Between two rows of a block's gates in shared memory: rows next to each other share no bank.
@@ -87,9 +94,8 @@ struct ForwardRoom {
     const size_t gate_values = rows * static_cast<size_t>(shape.gate_stride());
     const bool batch = shape.norm == NormKind::Batch;
     if (shape.clustered) take(exchange, cluster_exchange_bytes(shape.exchange()));
-    take(product,
-         ProductSizes::fragment_bytes(shape.columns(), forward_register_chunks(shape.units), shape.most_chunks()) +
-             ProductSizes::staging_bytes(shape.matrix_instructions, shape.copies));
+    take(product, ProductSizes::fragment_bytes(shape.columns(), shape.register_chunks(), shape.most_chunks()) +
+                      ProductSizes::staging_bytes(shape.matrix_instructions, shape.copies));
     take(partials, ProductSizes::partial_bytes(shape.columns(), shape.rows_per_pass) / sizeof(float));
     take(staged, copies * rows * units * storage);
     take(hidden, rows * units);

@@ -188,10 +188,10 @@ class Search {
   size_t fragment_bytes(const Choice& candidate) const {
     if (candidate.direction == Direction::Forward) {
       const ForwardShape shape = forward_shape(in_, candidate);
-      return ProductSizes::fragment_bytes(shape.columns(), forward_register_chunks(shape.units), shape.most_chunks());
+      return ProductSizes::fragment_bytes(shape.columns(), shape.register_chunks(), shape.most_chunks());
     }
     const BackwardShape shape = backward_shape(in_, candidate);
-    return ProductSizes::fragment_bytes(shape.units, backward_register_chunks(shape.units), shape.most_chunks());
+    return ProductSizes::fragment_bytes(shape.units, shape.register_chunks(), shape.most_chunks());
   }
 
   const LayerInputs& in_;

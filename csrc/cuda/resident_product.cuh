@@ -92,8 +92,11 @@ struct SharedSource {
   FUSEDREG_DEVICE Words4 fetch(int offset) const { return *reinterpret_cast<const Words4*>(base + offset); }
 };
 
-template <class Mode, int NT, int RC>
+// kAhead: chunks of the source that are on their way at a time; each takes 8 registers a thread.
+template <class Mode, int NT, int RC, int kAhead = RC>
 class ResidentProduct {
+  static_assert(RC % kAhead == 0, "chunks are fetched group by group, and a group has its W in one place");
+
  public:
   using Storage = typename Mode::Storage;
   static constexpr int kColumns = NT * 8;
@@ -113,19 +116,29 @@ class ResidentProduct {
     staged_ = shared + ProductSizes::fragment_bytes(kColumns, RC, most_chunks);
   }
 
-  // weights(n, k) gives W[n, k] as Storage, for any n < N and any k of this warp's chunks.
+  // weights(n, k) gives W[n, k] as Storage, for any n < N and any k of this warp's chunks. A loop, which picks its
+  // registers by selection: unrolled, this would be most of the kernel's code, and runs once. Some fragments at a time,
+  // since each waits for device memory.
   template <class Weights>
   FUSEDREG_DEVICE void load(const Weights& weights) {
+    constexpr int kAtATime = 4;
 #pragma unroll
-    for (int c = 0; c < RC; ++c) {
+    for (int i = 0; i < RC * NT; ++i) resident_[i / NT][i % NT] = Words4{};
+#pragma unroll 1
+    for (int at = 0; at < chunks_ * NT; at += kAtATime) {
+      Words4 words[kAtATime];
 #pragma unroll
-      for (int nt = 0; nt < NT; ++nt) {
-        resident_[c][nt] = c < chunks_ ? fragment(weights, c, nt) : Words4{};
-        sync_warp();  // so that no more than a fragment's loads wait in registers
+      for (int j = 0; j < kAtATime; ++j) {
+        if (at + j < chunks_ * NT) words[j] = fragment(weights, (at + j) / NT, (at + j) % NT);
       }
-    }
-    for (int c = RC; c < chunks_; ++c) {
-      for (int nt = 0; nt < NT; ++nt) fragment_at(c, nt) = fragment(weights, c, nt);
+#pragma unroll
+      for (int j = 0; j < kAtATime; ++j) {
+        if (at + j >= RC * NT && at + j < chunks_ * NT) fragment_at((at + j) / NT, (at + j) % NT) = words[j];
+      }
+#pragma unroll
+      for (int i = 0; i < RC * NT; ++i) {
+        if (i / kAtATime * kAtATime == at && i < chunks_ * NT) resident_[i / NT][i % NT] = words[i % kAtATime];
+      }
     }
   }
 
@@ -134,27 +147,11 @@ class ResidentProduct {
   template <class Source>
   FUSEDREG_DEVICE void multiply(const Source& source, int first_row, int tiles, float* partials, int partial_rows) {
     float* own = partials + warp_index() * partial_rows * kPartialStride;
-    Fetched ahead[RC];
     if constexpr (Mode::kMatrixInstructions && NT % 4 == 0) {
-      if (source.copies > 1) return multiply_gates(source, first_row, tiles, own, ahead);
+      // Gate by gate, each from its own copy.
+      if (source.copies > 1) return multiply_parts<4>(source, first_row, tiles, own);
     }
-    fetch_ahead(ahead, source, first_row, 0);
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int row = first_row + tile * kTileRows;
-      Sums sums = {};
-#pragma unroll
-      for (int c = 0; c < RC; ++c) {
-        if (c >= chunks_) continue;
-        accumulate(sums, source, row, c, ahead[c], [&](int nt) { return resident_[c][nt]; });
-        // The next tile's values are on their way while this one's other chunks are multiplied.
-        if (tile + 1 < tiles) ahead[c] = fetch(source, row + kTileRows, c, 0);
-      }
-      for (int c = RC; c < chunks_; ++c) {
-        const Fetched fetched = fetch(source, row, c, 0);
-        accumulate(sums, source, row, c, fetched, [&](int nt) { return fragment_at(c, nt); });
-      }
-      leave(sums, own + tile * kTileRows * kPartialStride);
-    }
+    multiply_parts<kParts>(source, first_row, tiles, own);
   }
 
   // out[row, n] of the pass. `warps`: where only the first ones have chunks, how many.
@@ -172,18 +169,21 @@ class ResidentProduct {
   }
 
  private:
-  // Sums of a tile in a lane. Matrix instructions: [n-tile][4], rows g, g, g + 8, g + 8 at columns 2t, 2t + 1, 2t,
-  // 2t + 1. float32: [row][column of the lane].
   static constexpr int kSplit = NT < 4 ? 4 / NT : 1;  // float32: lanes that share a column, each with a part of k
   static constexpr int kLaneColumns = NT < 4 ? 1 : NT / 4;
   static_assert(Mode::kMatrixInstructions || NT == 1 || NT == 2 || NT % 4 == 0, "columns of a lane are whole");
+  // So many columns that their sums would crowd W out of the registers are summed in parts, each of which reads the
+  // source again.
+  static constexpr int kParts = Mode::kMatrixInstructions && NT > 8 ? NT / 8 : 1;
+  // Sums of a tile in a lane. Matrix instructions: [n-tile][4], rows g, g, g + 8, g + 8 at columns 2t, 2t + 1, 2t,
+  // 2t + 1. float32: [row][column of the lane].
+  template <int kTiles>
   struct MatrixSums {
-    float value[NT][4];
+    float value[kTiles][4];
   };
   struct LaneSums {
     float value[kTileRows][kLaneColumns];
   };
-  using Sums = std::conditional_t<Mode::kMatrixInstructions, MatrixSums, LaneSums>;
   struct Fetched {
     Words4 upper, lower;
   };
@@ -228,73 +228,80 @@ class ResidentProduct {
             lower < source.rows ? source.fetch(offset + 8 * source.row_bytes) : Words4{}};
   }
   template <class Source>
-  FUSEDREG_DEVICE void fetch_ahead(Fetched (&ahead)[RC], const Source& source, int row, int copy) const {
+  FUSEDREG_DEVICE void fetch_ahead(Fetched (&ahead)[kAhead], const Source& source, int row, int copy) const {
 #pragma unroll
-    for (int c = 0; c < RC; ++c) {
+    for (int c = 0; c < kAhead; ++c) {
       if (c < chunks_) ahead[c] = fetch(source, row, c, copy);
     }
   }
 
-  // Gate by gate, each from its own copy of the source: matrix instructions with untied masks.
-  template <class Source>
-  FUSEDREG_DEVICE void multiply_gates(const Source& source, int first_row, int tiles, float* own,
-                                      Fetched (&ahead)[RC]) {
+  // The columns in equal parts, one after another.
+  template <int kOfParts, class Source>
+  FUSEDREG_DEVICE void multiply_parts(const Source& source, int first_row, int tiles, float* own) {
+    constexpr int kTiles = NT / kOfParts;
+    using Sums = std::conditional_t<Mode::kMatrixInstructions, MatrixSums<kTiles>, LaneSums>;
+    Fetched ahead[kAhead];
     fetch_ahead(ahead, source, first_row, 0);
     for (int tile = 0; tile < tiles; ++tile) {
       const int row = first_row + tile * kTileRows;
-      Sums sums = {};
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) {
-        const bool last = gate == 3;
+      for (int part = 0; part < kOfParts; ++part) {
+        const bool last_part = part + 1 == kOfParts, last = last_part && tile + 1 == tiles;
+        const int next_row = last_part ? row + kTileRows : row;
+        const int copy = source.copies > 1 ? part : 0, next_copy = source.copies > 1 && !last_part ? part + 1 : 0;
+        // What takes the place of chunk c, number j of its group: the same of the next group, or of what comes next.
+        const auto fetch_next = [&](int c, int j) {
+          if (c - j + kAhead < chunks_) {
+            if (c + kAhead < chunks_) ahead[j] = fetch(source, row, c + kAhead, copy);
+          } else if (!last && j < chunks_) {
+            ahead[j] = fetch(source, next_row, j, next_copy);
+          }
+        };
+        Sums sums = {};
 #pragma unroll
         for (int c = 0; c < RC; ++c) {
-          if (c >= chunks_) continue;
-          accumulate_tiles(sums, gate * (NT / 4), NT / 4, ahead[c], [&](int nt) { return resident_[c][nt]; });
-          if (!last) {
-            ahead[c] = fetch(source, row, c, gate + 1);
-          } else if (tile + 1 < tiles) {
-            ahead[c] = fetch(source, row + kTileRows, c, 0);
+          if (c - c % kAhead >= chunks_) continue;
+          if (c < chunks_) {
+            accumulate(sums, source, row, c, ahead[c % kAhead], [&](int i) { return resident_[c][part * kTiles + i]; });
+          }
+          fetch_next(c, c % kAhead);
+        }
+#pragma unroll 1
+        for (int first = RC; first < chunks_; first += kAhead) {
+#pragma unroll
+          for (int j = 0; j < kAhead; ++j) {
+            const int c = first + j;
+            if (c < chunks_) {
+              accumulate(sums, source, row, c, ahead[j], [&](int i) { return fragment_at(c, part * kTiles + i); });
+            }
+            fetch_next(c, j);
           }
         }
-        for (int c = RC; c < chunks_; ++c) {
-          const Fetched fetched = fetch(source, row, c, gate);
-          accumulate_tiles(sums, gate * (NT / 4), NT / 4, fetched, [&](int nt) { return fragment_at(c, nt); });
-        }
+        leave(sums, own + tile * kTileRows * kPartialStride + part * kTiles * 8);
       }
-      leave(sums, own + tile * kTileRows * kPartialStride);
     }
   }
 
-  template <class Source, class Resident>
-  FUSEDREG_DEVICE void accumulate(Sums& sums, const Source& source, int row, int c, const Fetched& fetched,
+  // resident(i) is W of this part's n-tile i.
+  template <int kTiles, class Source, class Resident>
+  FUSEDREG_DEVICE void accumulate(MatrixSums<kTiles>& sums, const Source&, int, int, const Fetched& fetched,
                                   const Resident& resident) const {
-    if constexpr (Mode::kMatrixInstructions) {
-      accumulate_tiles(sums, 0, NT, fetched, resident);
-    } else {
-      accumulate_lanes(sums, source, row, c, fetched, resident);
-    }
-  }
-
-  template <class Resident>
-  FUSEDREG_DEVICE static void accumulate_tiles(Sums& sums, int first, int count, const Fetched& fetched,
-                                               const Resident& resident) {
     const uint32_t* upper = fetched.upper.word;
     const uint32_t* lower = fetched.lower.word;
     const uint32_t a[2][4] = {{upper[0], lower[0], upper[1], lower[1]}, {upper[2], lower[2], upper[3], lower[3]}};
 #pragma unroll
-    for (int i = 0; i < NT; ++i) {
-      if (i >= count) break;
-      const Words4 w = resident(first + i);
+    for (int i = 0; i < kTiles; ++i) {
+      const Words4 w = resident(i);
       const uint32_t b[2][2] = {{w.word[0], w.word[1]}, {w.word[2], w.word[3]}};
-      mma<Storage>(sums.value[first + i], a[0], b[0]);
-      mma<Storage>(sums.value[first + i], a[1], b[1]);
+      mma<Storage>(sums.value[i], a[0], b[0]);
+      mma<Storage>(sums.value[i], a[1], b[1]);
     }
   }
 
   // float32. With untied masks the other gates' copies are fetched here: their values are not on their way.
   template <class Source, class Resident>
-  FUSEDREG_DEVICE void accumulate_lanes(Sums& sums, const Source& source, int row, int c, const Fetched& fetched,
-                                        const Resident& resident) const {
+  FUSEDREG_DEVICE void accumulate(LaneSums& sums, const Source& source, int row, int c, const Fetched& fetched,
+                                  const Resident& resident) const {
     char* const staged = staged_ + static_cast<size_t>(warp_index() * source.copies) * ProductSizes::kStagedCopy;
     const auto stage = [&](const Fetched& values, int copy) {
       char* const to = staged + copy * ProductSizes::kStagedCopy + lane() / 4 * kChunkBytes + lane() % 4 * 16;
@@ -305,43 +312,62 @@ class ResidentProduct {
     stage(fetched, 0);
     for (int copy = 1; copy < source.copies; ++copy) stage(fetch(source, row, c, copy), copy);
     sync_warp();
+    // Values that all columns of a lane share are read once for them; not so where gates have copies of their own.
+    constexpr int kQuarters = NT / kLaneColumns;
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-      const Words4 w = resident(nt);
-      const int copy = source.copies > 1 ? lane_column(nt) * 4 / kColumns : 0;
-      const char* const from = staged + copy * ProductSizes::kStagedCopy + lane_value(nt) * 4;
+    for (int quarter = 0; quarter < kQuarters; ++quarter) {
+      const char* const from = staged + lane_value(quarter) * 4;
+      if (source.copies == 1) {
+        Words4 w[kLaneColumns];
 #pragma unroll
-      for (int r = 0; r < kTileRows; ++r) {
-        const Words4 value = *reinterpret_cast<const Words4*>(from + r * kChunkBytes);
-        float& total = sums.value[r][NT < 4 ? 0 : nt / 4];
+        for (int column = 0; column < kLaneColumns; ++column) w[column] = resident(column * kQuarters + quarter);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) total += float_of(value.word[j]) * float_of(w.word[j]);
+        for (int r = 0; r < kTileRows; ++r) {
+          const Words4 value = *reinterpret_cast<const Words4*>(from + r * kChunkBytes);
+#pragma unroll
+          for (int column = 0; column < kLaneColumns; ++column) add_product(sums.value[r][column], value, w[column]);
+        }
+        continue;
+      }
+#pragma unroll
+      for (int column = 0; column < kLaneColumns; ++column) {
+        const int nt = column * kQuarters + quarter, copy = lane_column(nt) * 4 / kColumns;
+        const Words4 w = resident(nt);
+#pragma unroll
+        for (int r = 0; r < kTileRows; ++r) {
+          const int offset = copy * ProductSizes::kStagedCopy + r * kChunkBytes;
+          add_product(sums.value[r][column], *reinterpret_cast<const Words4*>(from + offset), w);
+        }
       }
     }
   }
+  FUSEDREG_DEVICE static void add_product(float& total, const Words4& a, const Words4& b) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) total += float_of(a.word[j]) * float_of(b.word[j]);
+  }
 
-  FUSEDREG_DEVICE static void leave(Sums& sums, float* tile) {
-    if constexpr (Mode::kMatrixInstructions) {
+  template <int kTiles>
+  FUSEDREG_DEVICE static void leave(const MatrixSums<kTiles>& sums, float* tile) {
+    float* const own = tile + lane() / 4 * kPartialStride + lane() % 4 * 2;
 #pragma unroll
-      for (int nt = 0; nt < NT; ++nt) {
-        float* const at = tile + lane() / 4 * kPartialStride + nt * 8 + lane() % 4 * 2;
-        at[0] = sums.value[nt][0];
-        at[1] = sums.value[nt][1];
-        at[8 * kPartialStride] = sums.value[nt][2];
-        at[8 * kPartialStride + 1] = sums.value[nt][3];
-      }
-    } else {
+    for (int i = 0; i < kTiles; ++i) {
+      own[i * 8] = sums.value[i][0];
+      own[i * 8 + 1] = sums.value[i][1];
+      own[8 * kPartialStride + i * 8] = sums.value[i][2];
+      own[8 * kPartialStride + i * 8 + 1] = sums.value[i][3];
+    }
+  }
+  FUSEDREG_DEVICE static void leave(const LaneSums& sums, float* tile) {
 #pragma unroll
-      for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < kTileRows; ++r) {
 #pragma unroll
-        for (int column = 0; column < kLaneColumns; ++column) {
-          float total = sums.value[r][column];
+      for (int column = 0; column < kLaneColumns; ++column) {
+        float total = sums.value[r][column];
 #pragma unroll
-          for (int mask = 32 / kSplit; mask < 32; mask *= 2) total += shuffle_xor(total, mask);
-          // Lanes that share a column have the same total; each writes its part of the rows.
-          if (kSplit == 1 || r % kSplit == lane() / kColumns) {
-            tile[r * kPartialStride + (NT < 4 ? lane() % kColumns : column * 32 + lane())] = total;
-          }
+        for (int mask = 32 / kSplit; mask < 32; mask *= 2) total += shuffle_xor(total, mask);
+        // Lanes that share a column have the same total; each writes its part of the rows.
+        if (kSplit == 1 || r % kSplit == lane() / kColumns) {
+          tile[r * kPartialStride + (NT < 4 ? lane() % kColumns : column * 32 + lane())] = total;
         }
       }
     }
