@@ -83,7 +83,7 @@ class BackwardSums {
       if (lane() < kUnits) room[(k * kProductWarps + warp_index()) * kUnits + lane()] = over_rows[k];
     }
     sync_block();
-    const int column = thread_index() % kUnits;
+    const int column = opaque(thread_index()) % kUnits;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       float sum = 0;

@@ -39,6 +39,8 @@ namespace fusedreg::cuda {
 
 constexpr uint64_t kLongestWait = 20ull * 1000 * 1000000;  // nanoseconds
 
+// Indices of threads are opaque() inside: these functions are called once a step, and what they compute is not to be
+// kept from step to step in registers that a product could use.
 class Exchange {
  public:
   // `memory`: grid_exchange_bytes of zeroed device memory for each group of layout.blocks blocks that share out the
@@ -80,7 +82,7 @@ class Exchange {
     char* const to = buffers_ + turn_ * buffer_bytes() + own_ * layout_.slice_bytes;
     const int pieces = layout_.slice_bytes / static_cast<int>(sizeof(Words4));
     sync_block();  // `staged` is whole, and every warp is done with the buffer before last
-    for (int i = thread_index(); i < layout_.lines * layout_.parts * pieces; i += block_threads()) {
+    for (int i = opaque(thread_index()); i < layout_.lines * layout_.parts * pieces; i += block_threads()) {
       const int slice = i / pieces, line = slice / layout_.parts, part = slice - line * layout_.parts;
       const size_t offset = static_cast<size_t>(line) * static_cast<size_t>(layout_.line_bytes) +
                             static_cast<size_t>(part * layout_.part_bytes + (i - slice * pieces) * 16);
@@ -93,7 +95,7 @@ class Exchange {
   // publication, all lanes together.
   FUSEDREG_DEVICE void wait(int first_block, int last_block) {
     if (clustered_) return cluster_wait();
-    for (int block = first_block + lane(); block < last_block; block += 32) wait_for(block);
+    for (int block = first_block + opaque(lane()); block < last_block; block += 32) wait_for(block);
     // The lanes' acquires are handed to the whole warp: what a lane has seen published, the others may read.
     sync_warp();
   }
@@ -101,7 +103,7 @@ class Exchange {
   // The same for the whole block and all blocks. Each flag is polled by one thread.
   FUSEDREG_DEVICE void wait_for_all() {
     if (clustered_) return cluster_wait();
-    for (int block = thread_index(); block < layout_.blocks; block += block_threads()) wait_for(block);
+    for (int block = opaque(thread_index()); block < layout_.blocks; block += block_threads()) wait_for(block);
     sync_block();  // as sync_warp above, for the block
   }
 
@@ -110,7 +112,7 @@ class Exchange {
     row_turn_ ^= 1;
     float* const to = row_buffers_ + row_turn_ * row_buffer_words() + own_ * 2;
     sync_block();  // as in publish
-    for (int i = thread_index(); i < layout_.rows * 2; i += block_threads()) {
+    for (int i = opaque(thread_index()); i < layout_.rows * 2; i += block_threads()) {
       give(to + static_cast<size_t>(i / 2) * layout_.blocks * 2 + i % 2, staged[i]);
     }
     announce();
@@ -120,7 +122,7 @@ class Exchange {
   // the sum depends on the number of blocks alone.
   FUSEDREG_DEVICE void sum_rows(float* totals) {
     wait_for_all();
-    for (int row = warp_index(); row < layout_.rows; row += block_threads() / 32) {
+    for (int row = opaque(warp_index()); row < layout_.rows; row += block_threads() / 32) {
       float first = 0, second = 0;
       for (int block = lane(); block < layout_.blocks; block += 32) {
         first += row_number(row, block, 0);
@@ -143,7 +145,7 @@ class Exchange {
   // order that depends on the number of blocks alone. Block i has min(slice, all - i * slice) values.
   FUSEDREG_DEVICE void combine_rows(int slice, int all, float* moments) {
     wait_for_all();
-    for (int row = warp_index(); row < layout_.rows; row += block_threads() / 32) {
+    for (int row = opaque(warp_index()); row < layout_.rows; row += block_threads() / 32) {
       Moments own{0, 0, 0};
       for (int block = lane(); block < layout_.blocks; block += 32) {
         const int left = all - block * slice;

@@ -20,7 +20,8 @@ template <class Mode, int NT>
 class PersistentBackward {
   using Storage = typename Mode::Storage;
   static constexpr int kUnits = NT * 8;
-  using Product = ResidentProduct<Mode, NT, backward_register_chunks(kUnits)>;
+  using Product = ResidentProduct<Mode, NT, backward_register_chunks(kUnits, Mode::kMatrixInstructions),
+                                  backward_chunks_ahead(kUnits, Mode::kMatrixInstructions)>;
   using Cells = BackwardCells<Mode, NT>;
 
  public:
@@ -37,10 +38,10 @@ class PersistentBackward {
     cells_.set_up();
     load_weight();
     const int longest = cells_.longest();
-    for (int64_t s = cells_.in.steps - 1; s >= longest; --s) cells_.pass_step(s);
+    for (int s = static_cast<int>(cells_.in.steps) - 1; s >= longest; --s) cells_.pass_step(s);
     if (longest > 0) cells_.prepare(longest - 1);
     sync_block();
-    for (int64_t s = longest - 1; s >= 0; --s) {
+    for (int s = longest - 1; s >= 0; --s) {
       cells_.step(s, exchange_);
       if (s == 0 && cells_.loop.grad_initial_hidden == nullptr) break;
       exchange_.publish(params_.shared<char>(params_.room.staged));
@@ -71,7 +72,7 @@ class PersistentBackward {
   }
 
   // dh of the step before, from everybody's da.
-  FUSEDREG_DEVICE void to_hidden(int64_t s) {
+  FUSEDREG_DEVICE void to_hidden(int s) {
     const int chunk_units = shape_.padded_hidden() / shape_.chunks_of_gate();
     const int first = warp_index() % 2 * shape_.most_chunks() * chunk_units;
     const int last = first + chunks() * chunk_units;

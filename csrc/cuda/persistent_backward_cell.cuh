@@ -86,21 +86,24 @@ class BackwardCells {
   }
 
   // A step that no row takes part in.
-  FUSEDREG_DEVICE void pass_step(int64_t s) const {
+  FUSEDREG_DEVICE void pass_step(int s) const {
     for_each_cell(0, shape_.rows, s, [&](const Cell& cell) {
       if (cell.exists) write_padding(cell);
     });
   }
 
   // What step s needs and no other block has a say in. s = -1: nothing but the shift of what the step after needs on.
-  FUSEDREG_DEVICE void prepare(int64_t s) {
+  FUSEDREG_DEVICE void prepare(int s) {
+    // Opaque: the ten rounds' keys are to be computed here, not kept from step to step.
+    const MaskKey key{static_cast<uint32_t>(opaque(static_cast<int>(key_.low))),
+                      static_cast<uint32_t>(opaque(static_cast<int>(key_.high))), key_.layer_direction};
     for_each_cell(0, shape_.rows, s, [&](const Cell& cell) {
       if (!cell.exists) return;
       const uint32_t before = bits_of(cell);
       uint32_t bits = before & kSequenceBits;
       if ((before & kBeginsFromZero) != 0) bits |= kNextBeginsFromZero;
       if (cell.runs && s >= 0) {
-        bits |= packed_step_masks(masks_, key_, cell.b, cell.unit, position(in, cell.length, s));
+        bits |= packed_step_masks(masks_, key, cell.b, cell.unit, position(in, cell.length, s));
         if (begins_from_zero(in, cell.b, cell.length, s)) bits |= kBeginsFromZero;
       }
       bits_of(cell) = static_cast<uint16_t>(bits);
@@ -110,7 +113,7 @@ class BackwardCells {
 
   // Steps 1 and 2 of persistent_backward.cuh: leaves da in `staged` and in the results, and zoneout's and the forget
   // gate's shares in dh and dc.
-  FUSEDREG_DEVICE void step(int64_t s, Exchange& exchange) {
+  FUSEDREG_DEVICE void step(int s, Exchange& exchange) {
     float over_rows[8] = {}, cell_means[2] = {};  // batch norm: of this thread's unit
     if (shape_.norm_cell) {
       for_each_cell(0, shape_.rows, s, [&](const Cell& cell) {
@@ -148,7 +151,7 @@ class BackwardCells {
   // Adds m_h (da W_hh) of step s to dh, after prepare(s - 1). partial(row, column, warp) is one warp's share of the
   // product: warps 2k and 2k + 1 have gate k's.
   template <class Partial>
-  FUSEDREG_DEVICE void add_recurrent(int64_t s, int first, int last, const Partial& partial) {
+  FUSEDREG_DEVICE void add_recurrent(int s, int first, int last, const Partial& partial) {
     for_each_cell(first, last < shape_.rows ? last : shape_.rows, s, [&](const Cell& cell) {
       const uint32_t bits = bits_of(cell);
       if (!cell.runs || (bits & kNextBeginsFromZero) != 0) return;
@@ -177,7 +180,7 @@ class BackwardCells {
   // Cells of rows first ... last - 1, thread by thread; `first` is a multiple of kTileRows. Whole warps come along,
   // beyond the last row too.
   template <class Visit>
-  FUSEDREG_DEVICE void for_each_cell(int first, int last, int64_t s, const Visit& visit) const {
+  FUSEDREG_DEVICE void for_each_cell(int first, int last, int s, const Visit& visit) const {
     const int begin = first * kUnits, end = (last * kUnits + 31) / 32 * 32;
     // Opaque: nothing of a cell is to be kept from step to step in registers that the product could use.
     const int own = opaque(thread_index());
@@ -264,7 +267,7 @@ class BackwardCells {
     to[2 * places + place] = moments.spread_scale(in.norm_eps);
   }
 
-  FUSEDREG_DEVICE void prepare_moments(int64_t s) {
+  FUSEDREG_DEVICE void prepare_moments(int s) {
     const int64_t H = in.hidden_size;
     if (shape_.norm == NormKind::Batch) {
       int count = 0;
@@ -315,7 +318,7 @@ class BackwardCells {
     return activated(z);
   }
 
-  FUSEDREG_DEVICE float previous_cell(const Cell& cell, int64_t s) const {
+  FUSEDREG_DEVICE float previous_cell(const Cell& cell, int s) const {
     const int64_t H = in.hidden_size;
     if ((bits_of(cell) & kBeginsFromZero) != 0) return 0;
     if (s > 0) {
@@ -325,7 +328,7 @@ class BackwardCells {
     return in.initial_cell == nullptr ? 0.0f : static_cast<const float*>(in.initial_cell)[cell.b * H + cell.unit];
   }
 
-  FUSEDREG_DEVICE CellTrace<float> enter(const Cell& cell, int64_t s) const {
+  FUSEDREG_DEVICE CellTrace<float> enter(const Cell& cell, int s) const {
     const int64_t H = in.hidden_size, at = cell.at * H + cell.unit;
     CellIncoming<float> incoming{0, hidden_of(cell), cell_of(cell)};
     if (loop.grad_output != nullptr) {
@@ -339,7 +342,7 @@ class BackwardCells {
   }
 
   // To the edge of N_c: leaves what leave() picks up again, and the terms of N_c's sums.
-  FUSEDREG_DEVICE void wait_for_cell_norm(const Cell& cell, int64_t s, float (&terms)[2]) {
+  FUSEDREG_DEVICE void wait_for_cell_norm(const Cell& cell, int s, float (&terms)[2]) {
     CellTrace<float> trace = enter(cell, s);
     const float normalised = cell_normaliser(cell).normalised(trace.candidate);
     const float gain = cell_constants()[cell.column], shift = cell_constants()[kUnits + cell.column];
@@ -361,7 +364,7 @@ class BackwardCells {
     cell_of(cell) = trace.grad_previous_cell;
   }
 
-  FUSEDREG_DEVICE CellTrace<float> resumed(const Cell& cell, int64_t s) const {
+  FUSEDREG_DEVICE CellTrace<float> resumed(const Cell& cell, int s) const {
     const StepMasks<float> masks = unpacked_step_masks(masks_, bits_of(cell));
     CellTrace<float> trace{};
     trace.gates = {traced(cell, kGateI), traced(cell, kGateF), traced(cell, kGateG), traced(cell, kGateO)};
@@ -376,7 +379,7 @@ class BackwardCells {
   }
 
   // Through the cell to dz, and to da unless N_a stands in between: then the terms of its sums.
-  FUSEDREG_DEVICE void leave(const Cell& cell, int64_t s, const float (&cell_means)[2], float (&terms)[8]) {
+  FUSEDREG_DEVICE void leave(const Cell& cell, int s, const float (&cell_means)[2], float (&terms)[8]) {
     CellTrace<float> trace;
     float through_output;
     if (shape_.norm_cell) {

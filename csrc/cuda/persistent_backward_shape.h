@@ -14,10 +14,14 @@ namespace fusedreg::cuda {
 // Of a block: 8, 16 or 32, so that a warp holds whole rows of its cells.
 constexpr int kMostBackwardUnits = 32;
 
-// Chunks of W that a warp keeps in registers. Each costs 4 registers a thread for every 8 units, and 8 more for what is
-// fetched ahead of the product.
-FUSEDREG_HOST_DEVICE constexpr int backward_register_chunks(int units) {
-  return units == 8 ? 16 : (units == 16 ? 12 : 8);
+// Chunks of W that a warp keeps in registers, 4 registers a thread for every 8 units, and chunks of da that are on
+// their way at a time, 8 registers each: as many as leave none to be spilled.
+FUSEDREG_HOST_DEVICE constexpr int backward_register_chunks(int units, bool matrix_instructions) {
+  if (matrix_instructions) return units == 32 ? 4 : 8;
+  return units == 8 ? 8 : 4;
+}
+FUSEDREG_HOST_DEVICE constexpr int backward_chunks_ahead(int units, bool matrix_instructions) {
+  return matrix_instructions && units < 32 ? 8 : 4;
 }
 
 struct BackwardShape {
@@ -40,6 +44,10 @@ struct BackwardShape {
   FUSEDREG_HOST_DEVICE constexpr int chunks_of_gate() const { return part_bytes() / kChunkBytes; }
   FUSEDREG_HOST_DEVICE constexpr int most_chunks() const { return (chunks_of_gate() + 1) / 2; }
   FUSEDREG_HOST_DEVICE constexpr int padded_hidden() const { return part_bytes() / storage_bytes; }
+
+  FUSEDREG_HOST_DEVICE constexpr int register_chunks() const {
+    return backward_register_chunks(units, matrix_instructions);
+  }
 
   FUSEDREG_HOST_DEVICE constexpr ExchangeLayout exchange() const {
     ExchangeLayout layout{};
@@ -96,9 +104,8 @@ inline BackwardRoom backward_room(const BackwardShape& shape) {
   const size_t rows = static_cast<size_t>(shape.rows), units = static_cast<size_t>(shape.units), value = sizeof(float);
   const bool batch = shape.norm == NormKind::Batch, layer = shape.norm == NormKind::Layer;
   if (shape.clustered) room.exchange = take(cluster_exchange_bytes(shape.exchange()));
-  room.product =
-      take(ProductSizes::fragment_bytes(shape.units, backward_register_chunks(shape.units), shape.most_chunks()) +
-           ProductSizes::staging_bytes(shape.matrix_instructions, 1));
+  room.product = take(ProductSizes::fragment_bytes(shape.units, shape.register_chunks(), shape.most_chunks()) +
+                      ProductSizes::staging_bytes(shape.matrix_instructions, 1));
   room.partials = take(ProductSizes::partial_bytes(shape.units, shape.tiles_of_pass() * kTileRows));
   room.staged = take(rows * 4 * units * static_cast<size_t>(shape.storage_bytes));
   room.hidden = take(rows * units * value);
