@@ -69,6 +69,9 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def unsupported(
     device: torch.device, dtype: torch.dtype, *, proj_size: int = 0, process_group: bool = False
 ) -> str | None:
