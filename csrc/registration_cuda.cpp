@@ -7,10 +7,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
-#include <exception>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "cuda/choice_cache.h"
 #include "cuda/layer.h"
 #include "cuda/persistent_backward.h"
 #include "cuda/persistent_forward.h"
@@ -54,10 +55,31 @@ struct CurrentDevice {
 // For tests: the tier that every call must use.
 std::atomic<cuda::Tier> asked_tier{cuda::Tier::Auto};
 
-cuda::Choice choose(cuda::Direction direction, const LayerInputs& in) {
-  const bool forward = direction == cuda::Direction::Forward;
-  return cuda::choose(direction, in, stable::allows_tf32(), cuda::device_limits(), asked_tier.load(),
-                      forward ? &cuda::persistent_forward_largest_cluster : &cuda::persistent_backward_largest_cluster);
+// Which tier a layer gets: a pure function of what stands in the key, remembered.
+std::shared_ptr<const cuda::Choice> choose(cuda::Direction direction, const stable::LayerArguments& layer,
+                                           const LayerInputs& in) {
+  static cuda::ChoiceCache cache;
+  const bool forward = direction == cuda::Direction::Forward, tf32 = stable::allows_tf32();
+  const cuda::DeviceLimits limits = cuda::device_limits();
+  const cuda::Tier asked = asked_tier.load();
+  cuda::ChoiceCache::Key key = {forward,
+                                tf32,
+                                static_cast<int64_t>(asked),
+                                limits.multiprocessors,
+                                limits.major,
+                                limits.minor,
+                                limits.shared_bytes_per_block,
+                                in.steps,
+                                in.rows,
+                                in.input_size,
+                                in.hidden_size,
+                                static_cast<int64_t>(in.dtype)};
+  layer.add_options(key);
+  return cache.find(key, [&] {
+    return cuda::choose(
+        direction, in, tf32, limits, asked,
+        forward ? &cuda::persistent_forward_largest_cluster : &cuda::persistent_backward_largest_cluster);
+  });
 }
 
 cuda::DeviceArguments device_arguments(const stable::LayerArguments& layer) {
@@ -76,10 +98,10 @@ void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) 
   if (call.layer.shapes.rows == 0) {
     call.results.zero();
   } else {
-    const cuda::Choice choice = choose(cuda::Direction::Forward, call.params.in);
-    Tensor scratch = allocate_scratch(call.layer.input, cuda::lstm_layer_forward_scratch(call.params, choice));
+    const auto choice = choose(cuda::Direction::Forward, call.layer, call.params.in);
+    Tensor scratch = allocate_scratch(call.layer.input, cuda::lstm_layer_forward_scratch(call.params, *choice));
     stable::LibraryProducts products(call.layer.input);
-    cuda::lstm_layer_forward(call.params, device_arguments(call.layer), choice, scratch.mutable_data_ptr(), products,
+    cuda::lstm_layer_forward(call.params, device_arguments(call.layer), *choice, scratch.mutable_data_ptr(), products,
                              device.stream);
   }
   call.results.give(stack);
@@ -91,10 +113,10 @@ void backward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/)
   if (call.layer.shapes.rows == 0) {
     call.results.zero();
   } else {
-    const cuda::Choice choice = choose(cuda::Direction::Backward, call.params.in);
-    Tensor scratch = allocate_scratch(call.layer.input, cuda::lstm_layer_backward_scratch(call.params, choice));
+    const auto choice = choose(cuda::Direction::Backward, call.layer, call.params.in);
+    Tensor scratch = allocate_scratch(call.layer.input, cuda::lstm_layer_backward_scratch(call.params, *choice));
     stable::LibraryProducts products(call.layer.input);
-    cuda::lstm_layer_backward(call.params, call.second_grad_bias, device_arguments(call.layer), choice,
+    cuda::lstm_layer_backward(call.params, call.second_grad_bias, device_arguments(call.layer), *choice,
                               scratch.mutable_data_ptr(), products, device.stream);
   }
   call.results.give(stack);

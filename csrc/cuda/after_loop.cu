@@ -38,7 +38,7 @@ FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads,
         mask_key(params.seed, static_cast<uint32_t>(in.options.layer) * 2u + (in.options.reverse ? 1u : 0u));
     const bool untied = in.options.untied_masks;
     const auto words = words_of(key, unit, b, untied ? kUntiedHiddenFamily : kSequenceFamily);
-    mask = mask_of(params.site, words.word[untied ? params.gate : kHiddenTied]);
+    mask = mask_of(params.site, chosen_word(words, untied ? params.gate : kHiddenTied));
   }
   const Storage* initial = static_cast<const Storage*>(in.initial_hidden);
   const int64_t first = block_index_y() * params.steps_a_thread;

@@ -38,7 +38,7 @@ FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads,
   }
   for (int64_t k = 0; k < 4 && quad * 4 + k < params.columns; ++k) {
     const int64_t element = row * params.columns + quad * 4 + k;
-    const auto mask = mask_of(params.site, words.word[params.by_row ? 0 : k]);
+    const auto mask = mask_of(params.site, chosen_word(words, params.by_row ? 0 : static_cast<int>(k)));
     params.to[element] = narrow<Storage>(widen(static_cast<const From*>(params.from)[element]) * (mask * params.scale));
   }
 }
@@ -75,7 +75,8 @@ struct InputParams {
     if (site.threshold == 0) return site.kept;
     const MaskKey key = mask_key(seed, static_cast<uint32_t>(in.options.layer) * 2u + (in.options.reverse ? 1u : 0u));
     const bool untied = in.options.untied_masks;
-    return mask_of(site, words_of(key, feature, b, untied ? kUntiedInputFamily : kInputFamily).word[untied ? gate : 0]);
+    const auto words = words_of(key, feature, b, untied ? kUntiedInputFamily : kInputFamily);
+    return mask_of(site, chosen_word(words, untied ? gate : 0));
   }
 };
 

@@ -133,6 +133,11 @@ FUSEDREG_HOST_DEVICE static inline PhiloxWords<uint32_t> words_of(const MaskKey&
                                  key.low, key.high);
 }
 
+// Word `index`, which is known only when the program runs: as an index it would put the words into local memory.
+FUSEDREG_HOST_DEVICE static inline uint32_t chosen_word(const PhiloxWords<uint32_t>& words, int index) {
+  return index == 0 ? words.word[0] : index == 1 ? words.word[1] : index == 2 ? words.word[2] : words.word[3];
+}
+
 template <class Compute>
 FUSEDREG_HOST_DEVICE static inline Compute mask_of(const MaskSite<Compute>& site, uint32_t word) {
   return word < site.threshold ? site.dropped : site.kept;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -135,6 +136,17 @@ class LayerArguments {
   const int64_t* seed_pointer() const { return draws() ? static_cast<const int64_t*>(pointer(*seed_)) : nullptr; }
   int64_t running_input_rows() const { return running_rows_[0]; }
   int64_t running_rows() const { return std::min(running_rows_[1], running_rows_[2]); }
+
+  // Options and rates as whole numbers, for whoever remembers what depends on them.
+  void add_options(std::vector<int64_t>& numbers) const {
+    numbers.insert(numbers.end(), options_.begin(), options_.end());
+    for (const double rate : rates_) {
+      int64_t bits = 0;
+      static_assert(sizeof(bits) == sizeof(rate));
+      std::memcpy(&bits, &rate, sizeof(bits));
+      numbers.push_back(bits);
+    }
+  }
 
   Tensor input;
   Options options;
