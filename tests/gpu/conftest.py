@@ -19,6 +19,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     deselected = []
     for item in own:
         item.add_marker(pytest.mark.gpu)
+        # Told of because the fill of uninitialised memory comes with torch's deterministic mode (tests/conftest.py).
+        item.add_marker(pytest.mark.filterwarnings("ignore:.*[Dd]eterminis.*:UserWarning"))
         if CHOSEN and _target_of(item) != CHOSEN:
             deselected.append(item)
         elif reason is not None:

@@ -28,6 +28,9 @@ from fusedreg.backends import availability
 from fusedreg.functional import LAYER_FUNCTIONS
 from fusedreg.layer import LayerParameters, LayerResult, RunningStatistics
 
+# What cuBLAS asks for in torch's deterministic mode, which tests/conftest.py switches on.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 STAND_IN = os.environ.get("FUSEDREG_GPU_TESTS", "")
 CHOSEN = os.environ.get("FUSEDREG_GPU_TARGET", "")
 EMULATED = Path(__file__).resolve().parents[2] / "build" / "cuda_emulation" / "libfusedreg_cuda_emulated.so"

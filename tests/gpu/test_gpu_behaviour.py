@@ -56,7 +56,10 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_the_module_is_nn_lstm(backend: Target, bidirectional: bool, dtype: torch.dtype) -> None:
+def test_the_module_is_nn_lstm(
+    backend: Target, bidirectional: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which cuDNN takes by default
     torch.manual_seed(0)
     theirs = nn.LSTM(24, 72, 2, bidirectional=bidirectional, device=DEVICE, dtype=dtype)
     ours = fusedreg.LSTM.from_torch(theirs, backend=name_of(backend))
