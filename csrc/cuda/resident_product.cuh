@@ -235,51 +235,56 @@ class ResidentProduct {
     }
   }
 
-  // The columns in equal parts, one after another.
+  // The columns in equal parts, one after another. Parts are template arguments, not a loop to be unrolled: if it were
+  // not, W could not be in registers.
   template <int kOfParts, class Source>
   FUSEDREG_DEVICE void multiply_parts(const Source& source, int first_row, int tiles, float* own) {
-    constexpr int kTiles = NT / kOfParts;
-    using Sums = std::conditional_t<Mode::kMatrixInstructions, MatrixSums<kTiles>, LaneSums>;
     Fetched ahead[kAhead];
     fetch_ahead(ahead, source, first_row, 0);
     for (int tile = 0; tile < tiles; ++tile) {
-      const int row = first_row + tile * kTileRows;
+      multiply_tile<0, kOfParts>(source, first_row + tile * kTileRows, tile + 1 == tiles,
+                                 own + tile * kTileRows * kPartialStride, ahead);
+    }
+  }
+  template <int kPart, int kOfParts, class Source>
+  FUSEDREG_DEVICE void multiply_tile(const Source& source, int row, bool last_tile, float* own,
+                                     Fetched (&ahead)[kAhead]) {
+    constexpr int kTiles = NT / kOfParts;
+    constexpr bool kLastPart = kPart + 1 == kOfParts;
+    using Sums = std::conditional_t<Mode::kMatrixInstructions, MatrixSums<kTiles>, LaneSums>;
+    const bool last = kLastPart && last_tile;
+    const int next_row = kLastPart ? row + kTileRows : row;
+    const int copy = source.copies > 1 ? kPart : 0, next_copy = source.copies > 1 && !kLastPart ? kPart + 1 : 0;
+    // What takes the place of chunk c, number j of its group: the same of the next group, or of what comes next.
+    const auto fetch_next = [&](int c, int j) {
+      if (c - j + kAhead < chunks_) {
+        if (c + kAhead < chunks_) ahead[j] = fetch(source, row, c + kAhead, copy);
+      } else if (!last && j < chunks_) {
+        ahead[j] = fetch(source, next_row, j, next_copy);
+      }
+    };
+    Sums sums = {};
 #pragma unroll
-      for (int part = 0; part < kOfParts; ++part) {
-        const bool last_part = part + 1 == kOfParts, last = last_part && tile + 1 == tiles;
-        const int next_row = last_part ? row + kTileRows : row;
-        const int copy = source.copies > 1 ? part : 0, next_copy = source.copies > 1 && !last_part ? part + 1 : 0;
-        // What takes the place of chunk c, number j of its group: the same of the next group, or of what comes next.
-        const auto fetch_next = [&](int c, int j) {
-          if (c - j + kAhead < chunks_) {
-            if (c + kAhead < chunks_) ahead[j] = fetch(source, row, c + kAhead, copy);
-          } else if (!last && j < chunks_) {
-            ahead[j] = fetch(source, next_row, j, next_copy);
-          }
-        };
-        Sums sums = {};
-#pragma unroll
-        for (int c = 0; c < RC; ++c) {
-          if (c - c % kAhead >= chunks_) continue;
-          if (c < chunks_) {
-            accumulate(sums, source, row, c, ahead[c % kAhead], [&](int i) { return resident_[c][part * kTiles + i]; });
-          }
-          fetch_next(c, c % kAhead);
-        }
+    for (int c = 0; c < RC; ++c) {
+      if (c - c % kAhead >= chunks_) continue;
+      if (c < chunks_) {
+        accumulate(sums, source, row, c, ahead[c % kAhead], [&](int i) { return resident_[c][kPart * kTiles + i]; });
+      }
+      fetch_next(c, c % kAhead);
+    }
 #pragma unroll 1
-        for (int first = RC; first < chunks_; first += kAhead) {
+    for (int first = RC; first < chunks_; first += kAhead) {
 #pragma unroll
-          for (int j = 0; j < kAhead; ++j) {
-            const int c = first + j;
-            if (c < chunks_) {
-              accumulate(sums, source, row, c, ahead[j], [&](int i) { return fragment_at(c, part * kTiles + i); });
-            }
-            fetch_next(c, j);
-          }
+      for (int j = 0; j < kAhead; ++j) {
+        const int c = first + j;
+        if (c < chunks_) {
+          accumulate(sums, source, row, c, ahead[j], [&](int i) { return fragment_at(c, kPart * kTiles + i); });
         }
-        leave(sums, own + tile * kTileRows * kPartialStride + part * kTiles * 8);
+        fetch_next(c, j);
       }
     }
+    leave(sums, own + kPart * kTiles * 8);
+    if constexpr (!kLastPart) multiply_tile<kPart + 1, kOfParts>(source, row, last_tile, own, ahead);
   }
 
   // resident(i) is W of this part's n-tile i.
