@@ -153,16 +153,10 @@ inline uint32_t load_acquire(const uint32_t* flag, FUSEDREG_CALLER) {
 inline void store_release(uint32_t* flag, uint32_t value) { emulation::publish(flag, value, true); }
 inline void fence_device() { emulation::fence(); }
 
-// What tools/mutate_cuda.py puts in the place of the two, to see whether the tests notice.
-inline uint32_t load_relaxed(const uint32_t* flag, FUSEDREG_CALLER) {
-  return emulation::poll(flag, false, {"load_relaxed", file, line});
-}
-inline void store_relaxed(uint32_t* flag, uint32_t value) { emulation::publish(flag, value, false); }
-
 inline int cluster_rank() { return emulation::running().block->rank; }
 inline int cluster_blocks() { return static_cast<int>(emulation::running().block->cluster->blocks.size()); }
-inline void cluster_arrive(FUSEDREG_CALLER) { emulation::arrive_at_cluster({"cluster_arrive", file, line}); }
-inline void cluster_wait(FUSEDREG_CALLER) { emulation::wait_for_cluster({"cluster_wait", file, line}); }
+inline void cluster_arrive(FUSEDREG_CALLER) { emulation::arrive_at_cluster(true, {"cluster_arrive", file, line}); }
+inline void cluster_wait(FUSEDREG_CALLER) { emulation::wait_for_cluster(true, {"cluster_wait", file, line}); }
 
 template <class T>
 void store_to_block(T* address, int rank, const T& value) {
@@ -185,6 +179,17 @@ T load_from_block(const T* address, int rank) {
   emulation::visibility().load_from_cluster(emulation::running(), from, &value, sizeof(T));
   return value;
 }
+
+// What tools/mutate_cuda.py puts in the place of others, to see whether the tests notice: they promise nothing of
+// memory.
+inline uint32_t load_relaxed(const uint32_t* flag, FUSEDREG_CALLER) {
+  return emulation::poll(flag, false, {"load_relaxed", file, line});
+}
+inline void store_relaxed(uint32_t* flag, uint32_t value) { emulation::publish(flag, value, false); }
+inline void cluster_arrive_relaxed(FUSEDREG_CALLER) {
+  emulation::arrive_at_cluster(false, {"cluster_arrive", file, line});
+}
+inline void cluster_pass(FUSEDREG_CALLER) { emulation::wait_for_cluster(false, {"cluster_wait", file, line}); }
 
 inline uint64_t timer_nanoseconds() { return emulation::virtual_nanoseconds(); }
 

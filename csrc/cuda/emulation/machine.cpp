@@ -250,14 +250,14 @@ const unsigned char* meet_warp(const Place& place, const void* value, size_t byt
   return slots[0];
 }
 
-void arrive_at_cluster(const Place& place) {
+void arrive_at_cluster(bool release, const Place& place) {
   Machine& m = machine();
   Thread& thread = *m.running;
   Cluster& cluster = *thread.block->cluster;
   if (thread.arrived) fail("arrives at the cluster's barrier twice, line " + std::to_string(place.line));
   thread.arrived = true;
   thread.arrival_phase = cluster.phase;
-  m.visibility.cluster_arrival(thread);
+  if (release) m.visibility.cluster_arrival(thread);
   if (++cluster.arrived == static_cast<int>(cluster.blocks.size()) * m.launch.threads) {
     cluster.arrived = 0;
     cluster.phase += 1;
@@ -268,12 +268,12 @@ void arrive_at_cluster(const Place& place) {
   give_way();
 }
 
-void wait_for_cluster(const Place& place) {
+void wait_for_cluster(bool wait, const Place& place) {
   Machine& m = machine();
   Thread& thread = *m.running;
   Cluster& cluster = *thread.block->cluster;
   if (!thread.arrived) fail("waits for a cluster it has not arrived at, line " + std::to_string(place.line));
-  if (cluster.phase == thread.arrival_phase) {
+  if (wait && cluster.phase == thread.arrival_phase) {
     thread.place = place;
     cluster.waiting.push_back(&thread);
     switch_to_scheduler();

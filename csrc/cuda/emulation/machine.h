@@ -85,8 +85,8 @@ Thread& running();
 void meet_block(const Place& place);
 // Gives `value` to the other lanes and returns what lane 0 gave; lane l's follows at l * kExchangeBytes.
 const unsigned char* meet_warp(const Place& place, const void* value, size_t bytes);
-void arrive_at_cluster(const Place& place);
-void wait_for_cluster(const Place& place);
+void arrive_at_cluster(bool release, const Place& place);
+void wait_for_cluster(bool wait, const Place& place);
 uint32_t poll(const uint32_t* flag, bool acquire, const Place& place);
 void publish(uint32_t* flag, uint32_t value, bool release);
 void fence();

@@ -1,0 +1,3 @@
+#include "mutation_sites.h"
+
+int fusedreg_mutation = 0;
