@@ -1,22 +1,42 @@
 """A GPU that is not there: Triton's own path from a launch to machine code, with nothing run at the end of it.
 
 The operators run on CPU tensors under a driver that claims a GPU. Every kernel that they launch is specialised on the
-real arguments and compiled to a cubin by Triton's own ptxas; the launch itself is noted and left out. So what is
-compiled is what a call needs, and not what somebody has listed. For a process of its own, without the interpreter.
+real arguments and compiled to a cubin by Triton's own ptxas, and its arguments go through the launcher that Triton
+compiles for them, into a libcuda that does nothing. So what is compiled is what a call needs, and not what somebody
+has listed. For a process of its own, without the interpreter.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
 import tempfile
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime import driver
+
+_LIBCUDA = """
+#include <string.h>
+int launches = 0;
+int cuGetErrorString(int code, const char** text) { *text = "pretended"; return 0; }
+int cuFuncSetAttribute(void* function, int attribute, int value) { return 0; }
+int cuPointerGetAttribute(void* out, int attribute, unsigned long long pointer) {
+  memcpy(out, &pointer, sizeof pointer);
+  return 0;
+}
+int cuCtxGetCurrent(void** context) { *context = (void*)1; return 0; }
+int cuCtxSetCurrent(void* context) { return 0; }
+int cuDeviceGet(int* device, int index) { *device = 0; return 0; }
+int cuDevicePrimaryCtxRetain(void** context, int device) { *context = (void*)1; return 0; }
+int cuLaunchKernelEx(const void* config, void* function, void** params, void** extra) { ++launches; return 0; }
+"""
 
 
 class Compiled(NamedTuple):
@@ -35,11 +55,18 @@ class Compiled(NamedTuple):
 class PretendedDriver:
     """What Triton's launcher asks of a driver, for a GPU of a given compute capability."""
 
-    def __init__(self, capability: int) -> None:
+    launcher_cls = CudaLauncher
+    scratch: Any = None
+
+    def __init__(self, capability: int, libcuda: ctypes.CDLL) -> None:
         self.capability = capability
         self.compiled: list[Compiled] = []
-        self.launches = 0
         self.utils = self
+        self._launches = ctypes.c_int.in_dll(libcuda, "launches")
+
+    @property
+    def launches(self) -> int:
+        return self._launches.value
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, 32)
@@ -51,20 +78,19 @@ class PretendedDriver:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": (227 if self.capability >= 90 else 163) * 1024}
+        return {"max_shared_mem": shared_bytes(self.capability)}
 
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        return "module", "function", 0, 0, 1024
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
+        return 1, 1, 0, 0, 1024
 
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        def launch(*arguments: Any) -> None:
-            self.launches += 1
 
-        return launch
+def shared_bytes(capability: int) -> int:
+    """What a program may have at most."""
+    return (227 if capability >= 90 else 163) * 1024
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and spilled bytes, from the file itself."""
+    """Registers a thread, and bytes of its stack, which is where registers are spilled to."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -76,9 +102,17 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def pretend(capability: int) -> PretendedDriver:
-    """From now on this process has a GPU, of which it only compiles for."""
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton")
-    pretended = PretendedDriver(capability)
+    """From now on this process has a GPU, for which it compiles and on which it launches nothing."""
+    scratch = tempfile.TemporaryDirectory(prefix="triton")
+    folder = Path(scratch.name)
+    source, library = folder / "libcuda.c", folder / "libcuda.so.1"
+    source.write_text(_LIBCUDA)
+    build = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
+    subprocess.run(build, check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
+    pretended = PretendedDriver(capability, ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL))
+    pretended.scratch = scratch  # removed with the driver, when the process ends
     driver.set_active(pretended)  # type: ignore[arg-type]
     original = triton.compiler.compile
 
@@ -86,14 +120,20 @@ def pretend(capability: int) -> PretendedDriver:
         started = time.perf_counter()
         kernel = original(source, *arguments, **options)
         seconds = time.perf_counter() - started
-        registers, spilled = resources(kernel.asm["cubin"])
+        registers, stack = resources(kernel.asm["cubin"])
         metadata = kernel.metadata
         pretended.compiled.append(
             Compiled(
-                metadata.name, capability, seconds, registers, spilled, metadata.shared, metadata.num_warps,
+                metadata.name,
+                capability,
+                seconds,
+                registers,
+                stack,
+                metadata.shared,
+                metadata.num_warps,
                 metadata.launch_cooperative_grid,
             )
-        )  # fmt: skip
+        )
         return kernel
 
     triton.compiler.compile = compile  # where a launch takes it from

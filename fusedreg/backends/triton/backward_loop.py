@@ -14,6 +14,7 @@ from torch import Tensor
 from fusedreg.backends.triton.backward_configuration import BackwardConfiguration, backward_configuration
 from fusedreg.backends.triton.backward_persistent import launch_persistent
 from fusedreg.backends.triton.backward_step import rows_stage, units_stage
+from fusedreg.backends.triton.jit_numbers import packed_numbers, restored_numbers
 from fusedreg.backends.triton.layout import Layer, LoopInputs, Numbers
 from fusedreg.encoding import NORM_BATCH, NORM_LAYER
 
@@ -67,12 +68,14 @@ class Incoming(NamedTuple):
 @triton.jit(do_not_specialize=["s", "numbers"])
 def units_kernel(s, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One step of a program's units; -1 is what is left of the step after: the initial state's gradient."""
+    numbers = restored_numbers(numbers)
     units_stage(s, tl.program_id(0), tl.program_id(1), tensors, numbers, LAYER, BLOCK)
 
 
 @triton.jit(do_not_specialize=["s", "numbers"])
 def rows_kernel(s, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The second stage of a step with layer norm in the loop: a program has whole rows."""
+    numbers = restored_numbers(numbers)
     rows_stage(s, tl.program_id(0), tensors, numbers, LAYER, BLOCK)
 
 
@@ -135,7 +138,7 @@ def backward_loop(
     configuration = backward_configuration(layer, activated=activated)
     grads = new_gradients(layer, incoming, configuration)
     tensors = BackwardTensors(inputs, saved, grads)
-    numbers = Numbers(layer.sizes, layer.rates)
+    numbers = packed_numbers(layer.sizes, layer.rates)
     if configuration.block.persistent:
         launch_persistent(tensors, numbers, layer.flags, configuration, to_initial_hidden)
     else:
@@ -152,8 +155,8 @@ def _launch_steps(
 ) -> None:
     block, options = configuration.block, configuration.launch
     row_tiles = 1 if block.norm == NORM_BATCH else configuration.row_tiles
-    row_groups = triton.cdiv(numbers.sizes.rows, block.whole_rows)
-    for s in range(numbers.sizes.steps - 1, -2 if to_initial_hidden else -1, -1):
+    row_groups = triton.cdiv(layer.sizes.rows, block.whole_rows)
+    for s in range(layer.sizes.steps - 1, -2 if to_initial_hidden else -1, -1):
         units_kernel[(configuration.unit_tiles, row_tiles)](s, tensors, numbers, layer.flags, block, **options)
         if block.norm == NORM_LAYER and s >= 0:
             rows_kernel[(row_groups,)](s, tensors, numbers, layer.flags, block, **configuration.rows_launch)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from fusedreg.backends.triton.backward_step import rows_stage, units_stage
 from fusedreg.backends.triton.jit_grid import COUNTER_STRIDE, arrive, wait_for
+from fusedreg.backends.triton.jit_numbers import restored_numbers
 from fusedreg.backends.triton.jit_tile import NORM_BATCH, NORM_LAYER
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def persistent_kernel(  # type: ignore[no-untyped-def]
     at every step, and what is carried belongs to the tile, or to the row, and so to one program at every step; only
     ``dh`` goes from tiles to rows, with a barrier before and after.
     """
+    numbers = restored_numbers(numbers)
     program, programs = tl.program_id(0), tl.num_programs(0)
     rows = numbers.sizes.rows
     unit_tiles: tl.constexpr = (LAYER.hidden_size + BLOCK.units - 1) // BLOCK.units

@@ -13,6 +13,7 @@ from fusedreg.backends.triton.forward_persistent import persistent_kernel
 from fusedreg.backends.triton.forward_rows import step_of_rows
 from fusedreg.backends.triton.forward_step import product_of_units, step_of_units
 from fusedreg.backends.triton.jit_grid import COUNTER_STRIDE
+from fusedreg.backends.triton.jit_numbers import packed_numbers, restored_numbers
 from fusedreg.backends.triton.layout import (
     UNTIED,
     ForwardResults,
@@ -31,6 +32,7 @@ def start_kernel(  # type: ignore[no-untyped-def]
     tensors, numbers, LAYER: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr
 ):
     """Hand the initial ``h`` to the first step's product."""
+    numbers = restored_numbers(numbers)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     units = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
     present = rows < numbers.sizes.rows
@@ -45,6 +47,7 @@ def units_kernel(  # type: ignore[no-untyped-def]
     s, tensors, numbers, rows_per_group, LAYER: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One step of a program's units, for its rows."""
+    numbers = restored_numbers(numbers)
     units = tl.program_id(0) * BLOCK.units + tl.arange(0, BLOCK.units)
     first_row = tl.program_id(1) * rows_per_group
     last_row = tl.minimum(first_row + rows_per_group, numbers.sizes.rows)
@@ -54,6 +57,7 @@ def units_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["s", "numbers"])
 def batch_kernel(s, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One step of a program's units under batch statistics, for all rows."""
+    numbers = restored_numbers(numbers)
     units = tl.program_id(0) * BLOCK.units + tl.arange(0, BLOCK.units)
     batch_step_of_units(s, units, (), tensors, numbers, LAYER, BLOCK)
 
@@ -63,6 +67,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
     s, tensors, numbers, rows_per_group, LAYER: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The first stage of a step with layer norm: some columns of the product."""
+    numbers = restored_numbers(numbers)
     units = tl.program_id(0) * BLOCK.units + tl.arange(0, BLOCK.units)
     first_row = tl.program_id(1) * rows_per_group
     last_row = tl.minimum(first_row + rows_per_group, numbers.sizes.rows)
@@ -72,6 +77,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["s", "numbers"])
 def rows_kernel(s, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The second stage: everything else of a program's rows."""
+    numbers = restored_numbers(numbers)
     rows = tl.program_id(0) * BLOCK.whole_rows + tl.arange(0, BLOCK.whole_rows)
     step_of_rows(s, rows, tensors, numbers, LAYER, BLOCK)
 
@@ -115,7 +121,7 @@ def forward_loop(layer: Layer, inputs: LoopInputs, results: ForwardResults) -> N
         else:
             state.copy_(initial)
     tensors = ForwardTensors(inputs, results, forward_state(layer, results, configuration))
-    numbers = Numbers(layer.sizes, layer.rates)
+    numbers = packed_numbers(layer.sizes, layer.rates)
     block = configuration.block
     grid = (triton.cdiv(layer.sizes.rows, block.rows), triton.cdiv(layer.flags.hidden_size, block.units))
     start_kernel[grid](tensors, numbers, layer.flags, block.rows, block.units)
@@ -132,21 +138,20 @@ def forward_loop(layer: Layer, inputs: LoopInputs, results: ForwardResults) -> N
             launch_cooperative_grid=True,
         )
     else:
-        _launch_steps(tensors, numbers, layer.flags, configuration)
+        _launch_steps(tensors, numbers, layer, configuration)
 
 
-def _launch_steps(tensors: ForwardTensors, numbers: Numbers, flags: LayerFlags, configuration: Configuration) -> None:
-    block = configuration.block
+def _launch_steps(tensors: ForwardTensors, numbers: Numbers, layer: Layer, configuration: Configuration) -> None:
+    flags, block = layer.flags, configuration.block
     grid = (configuration.programs, configuration.groups)
+    row_grid = (triton.cdiv(layer.sizes.rows, block.whole_rows),)
     launch = {"num_warps": configuration.warps, "num_stages": configuration.stages}
     grouped = (tensors, numbers, configuration.rows_per_group, flags, block)
-    for s in range(numbers.sizes.steps):
+    for s in range(layer.sizes.steps):
         if not in_stages(flags):
             units_kernel[grid](s, *grouped, **launch)
         elif flags.norm == NORM_BATCH:
             batch_kernel[grid](s, tensors, numbers, flags, block, **launch)
         else:
             product_kernel[grid](s, *grouped, **launch)
-            rows_kernel[(triton.cdiv(numbers.sizes.rows, block.whole_rows),)](
-                s, tensors, numbers, flags, block, **launch
-            )
+            rows_kernel[row_grid](s, tensors, numbers, flags, block, **launch)

@@ -16,6 +16,7 @@ from fusedreg.backends.triton.forward_batch import batch_step_of_units
 from fusedreg.backends.triton.forward_rows import step_of_rows
 from fusedreg.backends.triton.forward_step import product_of_units, resident_weights, step_of_units
 from fusedreg.backends.triton.jit_grid import COUNTER_STRIDE, arrive, wait_for
+from fusedreg.backends.triton.jit_numbers import restored_numbers
 from fusedreg.backends.triton.jit_tile import NORM_BATCH
 
 
@@ -40,6 +41,7 @@ def persistent_kernel(
     tensors, numbers, rows_per_group, LAYER: tl.constexpr, BLOCK: tl.constexpr, IN_STAGES: tl.constexpr
 ):
     """All steps. Programs along the first axis share out the units, those along the second the rows."""
+    numbers = restored_numbers(numbers)
     units = tl.program_id(0) * BLOCK.units + tl.arange(0, BLOCK.units)
     first_row = tl.program_id(1) * rows_per_group
     last_row = tl.minimum(first_row + rows_per_group, numbers.sizes.rows)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedreg.backends.triton.configurations import whole_rows, wide_columns
+from fusedreg.backends.triton.jit_numbers import packed_sizes, restored_sizes
 from fusedreg.backends.triton.jit_tile import row_order
 from fusedreg.backends.triton.layout import Layer, Sizes
 from fusedreg.encoding import NORM_LAYER
@@ -26,6 +27,7 @@ def batch_moments_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Mean and biased variance of ``values (T, B, WIDTH)`` over the valid rows of each step, ``(T, 2, WIDTH)``."""
+    sizes = restored_sizes(sizes)
     s = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], tl.float32)
@@ -149,7 +151,7 @@ def input_statistics(layer: Layer, values: Tensor) -> Tensor:
     if not layer.flags.batch_statistics:
         return torch.where(reached, population, 0.0)
     moments = torch.empty(steps, 2, width, dtype=torch.float32, device=device)
-    sizes = Sizes(steps, rows, 0)
+    sizes = packed_sizes(Sizes(steps, rows, 0))
     batch_moments_kernel[(steps, triton.cdiv(width, _COLUMNS))](
         values, moments, lengths, sizes, width, layer.flags.reverse, _ROWS, _COLUMNS
     )

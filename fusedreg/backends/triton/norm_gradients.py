@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedreg.backends.triton.backward_norm import column_moments, norm_scales, row_moments
+from fusedreg.backends.triton.jit_numbers import packed_numbers, restored_numbers
 from fusedreg.backends.triton.jit_storage import narrow
 from fusedreg.backends.triton.jit_tile import row_order
-from fusedreg.backends.triton.layout import Layer, Numbers
+from fusedreg.backends.triton.layout import Layer
 from fusedreg.encoding import NORM_LAYER
 
 _ROWS, _COLUMNS = 32, 64
@@ -53,6 +54,7 @@ def sums_kernel(  # type: ignore[no-untyped-def]
     BY_ROW: tl.constexpr, POOLED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``sums (T, 2, WIDTH)``: each step's sums over its rows of ``dy``, and of ``dy x̂``."""
+    numbers = restored_numbers(numbers)
     s = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     of_batch = s * 0
@@ -82,6 +84,7 @@ def batch_gradient_kernel(  # type: ignore[no-untyped-def]
     REVERSE: tl.constexpr, POOLED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``dx`` through a batch norm, by position and 0 in padding, from the sums of :func:`sums_kernel`."""
+    numbers = restored_numbers(numbers)
     s = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < WIDTH
@@ -114,6 +117,7 @@ def layer_gradient_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``dx`` through a layer norm, of some rows at one step, 0 in padding."""
+    numbers = restored_numbers(numbers)
     s = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid, position = row_order(s, rows, lengths, numbers.sizes, REVERSE)
@@ -173,7 +177,7 @@ def term_sums(
         counts,
         layer.tensors.lengths,
         sums,
-        Numbers(layer.sizes, layer.rates),
+        packed_numbers(layer.sizes, layer.rates),
         width,
         layer.flags.reverse,
         int(layer.flags.norm == NORM_LAYER),
@@ -198,7 +202,7 @@ def through_input_norm(
     steps, rows, width = grads.shape
     gain, lengths = layer.tensors.norm_input_weight, layer.tensors.lengths
     results = torch.empty(grads.shape, dtype=layer.tensors.weight_ih.dtype, device=grads.device)
-    numbers, reverse = Numbers(layer.sizes, layer.rates), layer.flags.reverse
+    numbers, reverse = packed_numbers(layer.sizes, layer.rates), layer.flags.reverse
     if layer.flags.norm == NORM_LAYER:
         columns = min(256, triton.next_power_of_2(width))
         layer_gradient_kernel[(steps, triton.cdiv(rows, _FEW_ROWS))](
