@@ -16,9 +16,8 @@
 
 #include "common/params.h"
 #include "cpu/lstm_layer.h"
-#include "cuda/plan.h"
 #include "stable/layer_calls.h"
-#include "stable/layer_options.h"
+#include "stable/plan_query.h"
 #include "stable/schemas.h"
 #include "stable/team.h"
 
@@ -119,36 +118,10 @@ void measure_fma_rate(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*re
 }
 
 // Which tier of the CUDA kernels a layer gets on a device that is described, and why: for fusedreg.backends.explain().
-// `sizes`: T, B, I, H. `dtype`: one of ScalarType in common/params.h. `device`: multiprocessors, shared bytes a block,
-// and the compute capability's two numbers. The choice is plain C++, so it can be asked where no GPU is.
+// The choice is plain C++, so it can be asked where no GPU is.
 void cuda_plan(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  constexpr const char* kName = "fusedreg::_cuda_plan";
-  ArgumentReader reader(stack);
-  const auto sizes = reader.take<std::vector<int64_t>>();
-  const auto dtype = reader.take<int64_t>();
-  const auto rates = reader.take<std::vector<double>>();
-  const auto options = reader.take<std::vector<int64_t>>();
-  const auto tf32_allowed = reader.take<bool>();
-  const auto device = reader.take<std::vector<int64_t>>();
-  stable::check_option_counts(kName, rates, options);
-  if (sizes.size() != 4 || device.size() != 4 || dtype < 0 || dtype > 3) {
-    stable::fail(kName, ": expected 4 sizes, a dtype from 0 to 3 and 4 numbers of the device, got ", sizes.size(), ", ",
-                 dtype, " and ", device.size());
-  }
-  for (const int64_t size : sizes) {
-    if (size < 1) stable::fail(kName, ": sizes: expected numbers above 0, got ", size);
-  }
-  LayerInputs in;
-  in.steps = sizes[0];
-  in.rows = sizes[1];
-  in.input_size = sizes[2];
-  in.hidden_size = sizes[3];
-  in.dtype = static_cast<ScalarType>(dtype);
-  in.rates = stable::decode_rates(kName, rates);
-  in.options = stable::decode_options(kName, options);
-  const auto number = [&](int index) { return static_cast<int>(device[index]); };
-  const cuda::DeviceLimits limits{number(0), number(1), number(2), number(3)};
-  stack[0] = torch::stable::detail::from(cuda::explain_choice(in, tf32_allowed, limits));
+  const stable::PlanQuery query("fusedreg::_cuda_plan", stack);
+  stack[0] = torch::stable::detail::from(cuda::explain_choice(query.in, query.tf32_allowed, query.limits));
 }
 
 // The version that this file was built from, for fusedreg/backends/cpu.py to compare with the Python files'.
@@ -167,8 +140,7 @@ STABLE_TORCH_LIBRARY(fusedreg, library) {
   library.def("_set_cpu_instruction_set(str name) -> bool");
   library.def("_measure_fma_rate(int threads, float seconds) -> float");
   library.def("_cpu_version() -> str");
-  library.def(
-      "_cuda_plan(int[] sizes, int dtype, float[] rates, int[] options, bool tf32_allowed, int[] device) -> str");
+  library.def((std::string("_cuda_plan") + fusedreg::stable::kPlanArguments).c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedreg, CPU, library) {

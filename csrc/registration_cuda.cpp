@@ -18,6 +18,7 @@
 #include "stable/float32_precision.h"
 #include "stable/layer_calls.h"
 #include "stable/library_products.h"
+#include "stable/plan_query.h"
 #include "stable/schemas.h"
 #if defined(FUSEDREG_CUDA_EMULATION)
 #include "cuda/emulation/machine.h"
@@ -149,6 +150,15 @@ void set_schedule(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*result
 
 #else
 
+// Which tier a layer gets on the current device, whose limits are given, and why: as fusedreg::_cuda_plan, but that the
+// device itself is asked how many blocks a cluster can have.
+void plan_on_device(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  const stable::PlanQuery query("fusedreg::_cuda_plan_on_device", stack);
+  stack[0] = torch::stable::detail::from(cuda::explain_choice(query.in, query.tf32_allowed, query.limits,
+                                                              &cuda::persistent_forward_largest_cluster,
+                                                              &cuda::persistent_backward_largest_cluster));
+}
+
 // The version that this file was built from, for fusedreg/backends/cuda.py to compare with the Python files'.
 void cuda_version(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
   stack[0] = torch::stable::detail::from(std::string(FUSEDREG_VERSION));
@@ -185,6 +195,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedreg_emulated, CompositeExplicitAutograd, library)
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedreg, library) {
   library.def("_set_cuda_tier(str name) -> bool");
   library.def("_cuda_version() -> str");
+  library.def((std::string("_cuda_plan_on_device") + fusedreg::stable::kPlanArguments).c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedreg, CUDA, library) {
@@ -195,6 +206,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedreg, CUDA, library) {
 STABLE_TORCH_LIBRARY_IMPL(fusedreg, CompositeExplicitAutograd, library) {
   library.impl("_set_cuda_tier", &fusedreg::set_tier);
   library.impl("_cuda_version", &fusedreg::cuda_version);
+  library.impl("_cuda_plan_on_device", &fusedreg::plan_on_device);
 }
 
 #endif

@@ -203,6 +203,8 @@ def test_explain_names_the_tier(state: Any, monkeypatch: pytest.MonkeyPatch) -> 
     state(cuda=Availability(True), triton=MISSING)
     monkeypatch.setattr(cuda, "describe", lambda device: "NVIDIA H200")
     monkeypatch.setattr(cuda, "device_limits", lambda device: H200)
+    plan = cuda.plan
+    monkeypatch.setattr(cuda, "plan", lambda *given, device, **options: plan(*given, **options))
     assert "backward:" not in explain("cuda", torch.bfloat16)
     text = explain("cuda", torch.bfloat16, hidden_size=512, batch_size=8)
     assert "  cuda       yes, with NVIDIA H200\n             forward: " in text

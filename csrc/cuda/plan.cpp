@@ -23,7 +23,10 @@ struct Rates {
 };
 constexpr Rates kRates;
 
-constexpr int kGridUnits[] = {8, 16};
+// Few wide blocks and many tiles of the rows read less of da, which is four times as wide as h; forward, the sums of a
+// block of 32 units leave no registers for W.
+constexpr int kGridUnits[] = {8, 16, 32};
+constexpr int kMostForwardGridUnits = 16;
 constexpr int kClusterUnits[] = {32};
 constexpr int kLargestCluster = 16;  // of any device so far
 constexpr int kPortableCluster = 8;  // of every device that has clusters
@@ -101,7 +104,9 @@ class Search {
     if (candidate.tier == Tier::Cluster) {
       for (const int units : kClusterUnits) try_units(candidate, units);
     } else {
-      for (const int units : kGridUnits) try_units(candidate, units);
+      for (const int units : kGridUnits) {
+        if (candidate.direction == Direction::Backward || units <= kMostForwardGridUnits) try_units(candidate, units);
+      }
     }
   }
 
@@ -266,6 +271,8 @@ BackwardShape backward_shape(const LayerInputs& in, const Choice& choice) {
   shape.norm = in.options.norm;
   shape.norm_recurrent = in.options.norm_recurrent;
   shape.norm_cell = in.options.norm_cell;
+  shape.activated = in.options.save != Save::Recompute && in.options.norm == NormKind::None;
+  shape.grad_cells = in.options.return_cells;
   return shape;
 }
 
@@ -311,9 +318,13 @@ Choice choose(Direction direction, const LayerInputs& in, bool tf32_allowed, con
   return choice;
 }
 
-std::string explain_choice(const LayerInputs& in, bool tf32_allowed, const DeviceLimits& limits) {
-  return "forward: " + choose(Direction::Forward, in, tf32_allowed, limits).reason +
-         "\nbackward: " + choose(Direction::Backward, in, tf32_allowed, limits).reason;
+std::string explain_choice(const LayerInputs& in, bool tf32_allowed, const DeviceLimits& limits,
+                           LargestCluster forward_cluster, LargestCluster backward_cluster) {
+  const auto reason = [&](Direction direction, LargestCluster largest_cluster) {
+    return choose(direction, in, tf32_allowed, limits, Tier::Auto, largest_cluster).reason;
+  };
+  return "forward: " + reason(Direction::Forward, forward_cluster) +
+         "\nbackward: " + reason(Direction::Backward, backward_cluster);
 }
 
 }  // namespace fusedreg::cuda

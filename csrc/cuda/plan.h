@@ -52,7 +52,8 @@ ForwardShape forward_shape(const LayerInputs& in, const Choice& choice);
 BackwardShape backward_shape(const LayerInputs& in, const Choice& choice);
 
 // Both directions' reasons, a line each, for fusedreg.backends.explain().
-std::string explain_choice(const LayerInputs& in, bool tf32_allowed, const DeviceLimits& limits);
+std::string explain_choice(const LayerInputs& in, bool tf32_allowed, const DeviceLimits& limits,
+                           LargestCluster forward_cluster = nullptr, LargestCluster backward_cluster = nullptr);
 
 const char* tier_name(Tier tier);
 // "auto", "cluster", "grid" or "step"; false for anything else.

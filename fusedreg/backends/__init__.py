@@ -205,6 +205,7 @@ def explain(
                 input_size=hidden_size if input_size is None else input_size,
                 hidden_size=hidden_size,
                 regularization=Regularization() if regularization is None else regularization,
+                device=device,
             )
             lines += [f"             {line}" for line in tiers.splitlines()]
     chosen, _ = _choose(device, dtype, proj_size, process_group)

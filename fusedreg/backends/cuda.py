@@ -164,11 +164,11 @@ def plan(
     hidden_size: int,
     regularization: Regularization,
     training: bool = True,
+    device: torch.device | None = None,
 ) -> str:
     """Which tier of the kernels runs a layer on such a GPU, and why: a line for the forward, one for the backward.
 
-    Plain C++ of the CPU's extension: no GPU is needed. On a GPU the kernels also ask it how many blocks a cluster may
-    have, where this assumes the 8 that every device has.
+    Plain C++ of the CPU's extension: no GPU is needed.
 
     Args:
         limits: of the GPU.
@@ -176,6 +176,8 @@ def plan(
         steps, batch_size, input_size, hidden_size: ``T``, ``B``, ``I`` and ``H``.
         regularization: the layer's options, as of the only layer of a module.
         training: whether masks are drawn and batch statistics taken.
+        device: the GPU itself, to be asked how many blocks a cluster can have. Without it 8 are assumed, which every
+            device that has clusters can.
     """
     from fusedreg.encoding import SAVE_GATES, encode_options
 
@@ -183,4 +185,8 @@ def plan(
     rates, flags, _ = encode_options(options, SAVE_GATES)
     sizes = [steps, batch_size, input_size, hidden_size]
     tf32 = torch.get_float32_matmul_precision() != "highest"
-    return str(torch.ops.fusedreg._cuda_plan(sizes, _SCALAR_TYPES[dtype], rates, flags, tf32, list(limits)))
+    arguments = (sizes, _SCALAR_TYPES[dtype], rates, flags, tf32, list(limits))
+    if device is None:
+        return str(torch.ops.fusedreg._cuda_plan(*arguments))
+    with torch.cuda.device(device):
+        return str(torch.ops.fusedreg._cuda_plan_on_device(*arguments))
