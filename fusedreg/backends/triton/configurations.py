@@ -119,7 +119,7 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
     columns, resident = _columns(layer, tile_rows, units, precision, limits if persistent else None)
     # One element of the tile to a thread; and warps that have no rows of their own in the product split its columns.
     small = tile_rows <= 32 and (dtype != torch.float32 or precision != "ieee")
-    warps = 8 if resident and tile_rows == 32 else 4
+    warps = 8 if resident and tile_rows == 32 and columns >= 128 else 4
     split = warps if small and columns >= 16 * warps else 1
     programs = -(-hidden_size // units)
     tiles = -(-rows // tile_rows)
@@ -161,10 +161,12 @@ def _columns(layer: Layer, rows: int, units: int, precision: str, limits: Device
         copies = 4 if layer.flags.hidden_dropout == UNTIED else 1
         columns = _TILE_BYTES // (rows * dtype.itemsize * copies)
         columns = min(most, max(columns, power_of_two(-(-hidden_size // _TILES))))
-        while columns * _TILES > 2 * most and -(-hidden_size // columns) * columns > _PADDING * hidden_size:
+        least = min(columns, max(64, most // _TILES))
+        while columns >= least:
+            padded = -(-hidden_size // columns) * columns
+            held = 4 * units * padded + copies * rows * columns
+            if padded <= _PADDING * hidden_size or columns == least:
+                if held * dtype.itemsize + _SPARE_BYTES <= limits.shared_bytes:
+                    return columns, True
             columns //= 2
-        held = 4 * units * -(-hidden_size // columns) * columns * dtype.itemsize
-        tile = copies * rows * columns * dtype.itemsize
-        if held + tile + _SPARE_BYTES <= limits.shared_bytes:
-            return columns, True
     return min(64, most), False

@@ -16,7 +16,7 @@ from fusedreg.backends.triton.configurations import whole_rows, wide_columns
 from fusedreg.backends.triton.jit_numbers import packed_sizes, restored_sizes
 from fusedreg.backends.triton.jit_tile import row_order
 from fusedreg.backends.triton.layout import Layer, Sizes
-from fusedreg.encoding import NORM_LAYER
+from fusedreg.encoding import NORM_BATCH, NORM_LAYER
 
 _COLUMNS, _ROWS = 64, 32
 
@@ -208,7 +208,7 @@ def normalised(layer: Layer, values: Tensor, statistics: Tensor, terms: Tensor) 
         layer.eps,
         width,
         int(layer.flags.norm == NORM_LAYER),
-        int(statistics.shape[0] == 1),
+        int(layer.flags.norm == NORM_BATCH and bool(layer.options[11])),
         layer.flags.reverse,
         8,
         128,
