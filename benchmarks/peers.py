@@ -42,6 +42,8 @@ class TorchRLLSTM(nn.Module):
         """``values (T, B, I)``, ``reset (T, B)`` bool → ``(T, B, H)``."""
         from tensordict import TensorDict
 
+        if values.dtype == torch.bfloat16:
+            self.peer.recurrent_compute_dtype = torch.bfloat16  # its products in bfloat16: otherwise TF32
         steps, rows = values.shape[:2]
         key = (values.shape, values.dtype, None if reset is None else id(reset))
         if self._prepared is None or self._prepared[0] != key:

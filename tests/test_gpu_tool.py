@@ -140,6 +140,27 @@ def test_the_gpus_tests_pass_on_the_cpus_kernels(tmp_path: Path) -> None:
     assert counts["passed"] > 50
 
 
+MASKS = "-3 and (untied-i or row-f or zoneout_cell or output_and or update)"
+
+
+@pytest.mark.slow
+def test_the_masks_of_the_emulated_device_are_the_cpus_bit_for_bit(tmp_path: Path) -> None:
+    """The same tests that run on a GPU, over the CUDA sources on the emulated device."""
+    library = ROOT / "build" / "cuda_emulation" / "libfusedreg_cuda_emulated.so"
+    if not library.exists():
+        pytest.skip(f"not run: {library.name} is not built")
+    environment = {**os.environ, "FUSEDREG_GPU_TESTS": "emulated"}
+    command = [sys.executable, "-m", "pytest", "tests/gpu/test_gpu_masks.py", "-m", "gpu", "-k", f"cuda and {MASKS}"]
+    junit = tmp_path / "x.xml"
+    answer = subprocess.run(
+        [*command, f"--junitxml={junit}"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert answer.returncode == 0, answer.stdout[-3000:]
+    counts = gpu.read_junit(junit)
+    assert counts["failed"] == 0
+    assert counts["passed"] >= 20
+
+
 def test_the_gpus_tests_are_collected_and_skipped_with_a_reason(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("not run: there is a GPU")

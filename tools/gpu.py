@@ -70,25 +70,37 @@ def workers() -> tuple[str, ...]:
     return ("-n", str(count)) if count > 1 and find_spec("xdist") is not None else ()
 
 
+def cuda_tool(name: str) -> str:
+    """A program of the CUDA toolkit: on the path, in ``CUDA_HOME``, or where the toolkit is installed by default."""
+    places = [os.environ.get(variable, "") for variable in ("CUDA_HOME", "CUDA_PATH")]
+    for place in (*places, "/usr/local/cuda"):
+        found = shutil.which(name, path=f"{place}/bin") if place else None
+        if shutil.which(name) is None and found is not None:
+            return found
+    return name
+
+
 def phases(output: Path, preset: str) -> list[Phase]:
     """All phases in their order; the last ones are run only where they are asked for by name."""
     python = sys.executable
-    pytest = (python, "-m", "pytest", "-m", "gpu", "tests/gpu", "--durations=5")
+    # pytest-benchmark, where it is installed, complains of several processes.
+    pytest = (python, "-m", "pytest", "-p", "no:benchmark")
     found = [
         Phase("machine", (python, "-m", "fusedreg.collect_env"), 2),
         Phase("build", (python, "setup.py", "--quiet", "build_ext", "--inplace"), 15, {"FUSEDREG_CUDA": "1"}),
     ]
     for target in TARGETS:
         junit = f"tests-{target}.xml"
-        command = (*pytest, *workers(), f"--junitxml={output / junit}")
+        command = (*pytest, "-m", "gpu", "tests/gpu", "--durations=5", *workers(), f"--junitxml={output / junit}")
         found.append(Phase(f"tests-{target}", command, 10, {"FUSEDREG_GPU_TARGET": target}, junit=junit))
     for tool in ("memcheck", "racecheck"):
         junit = f"{tool}.xml"
         # Without torch's cache of blocks each tensor is an allocation of its own, so that memcheck sees its ends.
-        sanitizer = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
-        command = (*sanitizer, python, "-m", "pytest", "-m", "sanitizer", "tests/gpu", f"--junitxml={output / junit}")
+        program = cuda_tool("compute-sanitizer")
+        sanitizer = (program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
+        command = (*sanitizer, *pytest, "-m", "sanitizer", "tests/gpu", f"--junitxml={output / junit}")
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        found.append(Phase(tool, command, 10, environment, needs="compute-sanitizer", junit=junit))
+        found.append(Phase(tool, command, 10, environment, needs=program, junit=junit))
     for name, chosen, minutes in (("benchmarks", preset, 40.0), ("sweep", "gpu-sweep", 40.0)):
         results = f"{name}.json"
         command = (python, "-m", "benchmarks.run", "--preset", chosen, "--json", str(output / results), "--minutes")
