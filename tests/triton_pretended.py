@@ -3,20 +3,30 @@
 The operators run on CPU tensors under a driver that claims a GPU. Every kernel that they launch is specialised on the
 real arguments and compiled to a cubin by Triton's own ptxas, and its arguments go through the launcher that Triton
 compiles for them, into a libcuda that does nothing. So what is compiled is what a call needs, and not what somebody
-has listed. For a process of its own, without the interpreter.
+has listed. For a process of its own, without the interpreter::
+
+    python triton_pretended.py CAPABILITY CASE ...
+
+runs layers, forward and backward, and prints a line of JSON for each kernel. CASE is
+``name:dtype:H:B:kind:precision``, with ``kind`` one of ``step`` and ``persistent``. Each case is run again with other
+sizes, rates and in another layer: what that compiles is marked.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
@@ -42,6 +52,7 @@ int cuLaunchKernelEx(const void* config, void* function, void** params, void** e
 class Compiled(NamedTuple):
     """What became of one kernel."""
 
+    module: str
     name: str
     capability: int
     seconds: float
@@ -124,6 +135,7 @@ def pretend(capability: int) -> PretendedDriver:
         metadata = kernel.metadata
         pretended.compiled.append(
             Compiled(
+                source.fn.fn.__module__,
                 metadata.name,
                 capability,
                 seconds,
@@ -138,3 +150,63 @@ def pretend(capability: int) -> PretendedDriver:
 
     triton.compiler.compile = compile  # where a launch takes it from
     return pretended
+
+
+def pretend_table(capability: int, persistent: bool) -> None:
+    """The kernels' tables of configurations are asked about that GPU, though tensors are on the CPU."""
+    from fusedreg.backends.triton import backward_configuration, backward_loop, configurations, forward_loop
+
+    limits = configurations.Device(132 if capability >= 90 else 108, shared_bytes(capability))
+    configurations.device_limits = lambda device: limits
+    forward_loop.forward_configuration = functools.partial(configurations.forward_configuration, persistent=persistent)
+    backward_loop.backward_configuration = functools.partial(
+        backward_configuration.backward_configuration, persistent=persistent
+    )
+
+
+def run(name: str, *, rates: float = 1.0, **case_fields: Any) -> None:
+    """A layer's forward and backward on the pretended GPU: whatever its results are, its kernels are launched."""
+    from helpers import REGULARIZERS
+
+    from fusedreg.backends.triton.layer import backward, forward
+    from fusedreg.encoding import DIFFERENTIABLE, SAVE_GATES, SAVE_RECOMPUTE, encode_options, hidden_differs
+    from fusedreg.testing import LayerCase, make_arguments
+
+    case = LayerCase(name, regularization=REGULARIZERS[name], ragged=True, resets=True, input_size=8, **case_fields)
+    given = make_arguments(case, 0)
+    weights = given.parameters
+    extras: tuple[Any, ...] = (None,) * 14
+    if case.options.norm is not None:
+        extras = (*weights[5:11], *(given.running or (None,) * 8))
+    tensors = (given.input, *weights[:4], given.initial_hidden, given.initial_cell)
+    tensors = (*tensors, given.lengths, given.reset, given.seed, *extras)
+    changed, options, eps = encode_options(case.options, SAVE_RECOMPUTE if case.recompute else SAVE_GATES)
+    encoded = ([rate * rates for rate in changed], options, eps)
+    output, _, _, cells, hidden, *saved = forward(*tensors, *encoded)
+    carried = hidden if hidden_differs(*encoded[:2]) else output
+    needed = [tensors[place] is not None for place in DIFFERENTIABLE]
+    incoming = [given.gradients[key] for key in ("output", "final_hidden", "final_cell", "cells")]
+    backward(*incoming, *tensors, cells, carried, *saved, *encoded, needed)
+
+
+def main(capability: int, cases: list[str]) -> None:
+    pretended = pretend(capability)
+    torch.set_num_threads(1)
+    for case in cases:
+        name, dtype, hidden_size, rows, kind, precision = case.split(":")
+        torch.set_float32_matmul_precision(precision)
+        pretend_table(capability, kind == "persistent")
+        fields = {"hidden_size": int(hidden_size), "dtype": getattr(torch, dtype), "recompute": kind == "step"}
+        for again in (False, True):
+            pretended.compiled.clear()
+            if again:  # within the same tile of rows
+                run(name, rates=0.5, rows=16, steps=16, layer=1, num_layers=3, **fields)
+            else:
+                run(name, rows=int(rows), **fields)
+            for kernel in pretended.compiled:
+                print(json.dumps({"case": case, "again": again, **kernel._asdict()}), flush=True)
+    print(json.dumps({"launches": pretended.launches}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
