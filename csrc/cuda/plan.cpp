@@ -19,7 +19,7 @@ struct Rates {
   double products_16_bits = 1300;  // multiply-adds
   double products_tf32 = 650;
   double products_float32 = 100;
-  double cells = 0.5;  // cells through their activations
+  double cells = 0.6;  // cells through their activations
 };
 constexpr Rates kRates;
 
@@ -30,6 +30,10 @@ constexpr int kMostForwardGridUnits = 16;
 constexpr int kClusterUnits[] = {32};
 constexpr int kLargestCluster = 16;  // of any device so far
 constexpr int kPortableCluster = 8;  // of every device that has clusters
+// The fewest rows a tile is given. Fewer cost as much to multiply (a matrix instruction has 16), but leave fewer cells
+// to a block; in a grid the exchange outweighs that.
+constexpr int64_t kLeastGridRows = 8;
+constexpr int64_t kLeastClusterRows = 4;
 constexpr int64_t kMostRows = 4096;  // of a tile; far more than fits
 
 __attribute__((format(printf, 1, 2))) std::string formatted(const char* format, ...) {
@@ -121,10 +125,18 @@ class Search {
     // Batch norm keeps the whole batch in one tile: a column's statistics are then its block's own.
     const bool whole = in_.options.norm == NormKind::Batch;
     const int64_t least = whole ? in_.rows : (in_.rows + most_tiles - 1) / most_tiles;
-    for (int64_t rows = rounded_up(least > 0 ? least : 1, kTileRows);; rows += kTileRows) {
+    int64_t rows = candidate.tier == Tier::Grid ? kLeastGridRows : kLeastClusterRows;
+    while (rows < least) rows = next_rows(rows, least);
+    for (;; rows = next_rows(rows, rows)) {
       if (!try_rows(candidate, rows < in_.rows ? rows : in_.rows)) return;
       if (rows >= in_.rows) return;
     }
+  }
+
+  // The next number of rows to try that is above `rows`, or not below `least` where that is more.
+  static int64_t next_rows(int64_t rows, int64_t least) {
+    if (rows < kTileRows) return 2 * rows;
+    return least > rows ? rounded_up(least, kTileRows) : rows + kTileRows;
   }
 
   bool blocks_fit(const Choice& candidate, int64_t blocks) {
