@@ -16,13 +16,18 @@ import native_build
 import pytest
 
 import fusedreg
-from fusedreg.backends import cpu
+from fusedreg.backends import cpu, cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = cpu.library_path()
+CUDA_LIBRARY = cuda.library_path()
 OBJECTS = native_build.OBJECTS
 
 compiled = pytest.mark.skipif(not LIBRARY.exists(), reason=f"not run: {LIBRARY.name} is not built")
+with_cuda = pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason=f"not run: {CUDA_LIBRARY.name} is not built")
+each_library = pytest.mark.parametrize(
+    "library", [pytest.param(LIBRARY, marks=compiled, id="cpu"), pytest.param(CUDA_LIBRARY, marks=with_cuda, id="cuda")]
+)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="not run: reads ELF files with nm and objdump")
 has_objects = pytest.mark.skipif(
     not (OBJECTS / "kernels_portable.o").exists(), reason="not run: the object files are not kept here"
@@ -52,30 +57,39 @@ STABLE = re.compile(
 UNSTABLE = re.compile(r"\b(c10|at|caffe2|torch::(?!stable|headeronly))::|^_?Py")
 
 
-@compiled
-def test_the_file_name_promises_the_limited_api() -> None:
-    assert LIBRARY.name == "_cpu.abi3.so"
+def test_the_file_names_promise_the_limited_api() -> None:
+    assert (LIBRARY.name, CUDA_LIBRARY.name) == ("_cpu.abi3.so", "_cuda.abi3.so")
 
 
-@compiled
+@each_library
 @linux
-def test_only_stable_symbols_are_needed() -> None:
-    needed = [name for _, name in symbols(LIBRARY, "-D", "--undefined-only")]
+def test_only_stable_symbols_are_needed(library: Path) -> None:
+    """CUDA's runtime is inside; the current stream comes from torch, with the rest of its C interface."""
+    needed = [name for _, name in symbols(library, "-D", "--undefined-only")]
     assert any(name.startswith("torch_library_impl") for name in needed), "is this the extension?"
     assert [name for name in needed if not STABLE.match(name) or UNSTABLE.search(name)] == []
 
 
-@compiled
+@with_cuda
 @linux
-def test_nothing_of_ours_is_exported() -> None:
+def test_the_cuda_file_loads_no_cuda_library_itself() -> None:
+    """It was linked where torch may have been built for the CPU alone, and runs with the CUDA that torch brings."""
+    needed = re.findall(r"NEEDED.*\[(.+)\]", output("readelf", "-d", CUDA_LIBRARY))
+    assert "libtorch.so" in needed
+    assert [name for name in needed if re.match(r"lib(cu|nv|torch_cuda|c10)", name)] == []
+
+
+@each_library
+@linux
+def test_nothing_of_ours_is_exported(library: Path) -> None:
     """Another library that happens to define the same name must not take its place, nor ours another's."""
-    exported = [name for kind, name in symbols(LIBRARY, "-D", "--defined-only") if kind in "TDBR"]
+    exported = [name for kind, name in symbols(library, "-D", "--defined-only") if kind in "TDBR"]
     assert [name for name in exported if not re.match(r"_(init|fini|edata|end)$|__bss_start$", name)] == []
 
 
-@compiled
-def test_no_path_of_the_build_machine_is_inside() -> None:
-    assert os.fsencode(ROOT) not in LIBRARY.read_bytes()
+@each_library
+def test_no_path_of_the_build_machine_is_inside(library: Path) -> None:
+    assert os.fsencode(ROOT) not in library.read_bytes()
 
 
 @compiled
@@ -139,7 +153,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout, with its object files, so that packaging leaves nothing behind in this one."""
     copy = tmp_path_factory.mktemp("packaging") / "checkout"
     ignored = shutil.ignore_patterns(
-        ".venv", ".git", "*.egg-info", "__pycache__", "lib*", "sanitize", "bench", ".*cache"
+        ".venv", ".git", "*.egg-info", "__pycache__", "lib.*", "sanitize", "bench", ".*cache", "cuda_*tion"
     )
     shutil.copytree(ROOT, copy, ignore=ignored)
     return copy
@@ -152,12 +166,15 @@ def test_wheel(tree: Path) -> None:
     folder = tree.parent / "wheel"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "-w", folder, "."]
-    subprocess.run([str(part) for part in build], cwd=tree, check=True, capture_output=True)
+    # What this checkout has is built again, from the same object files.
+    environment = {**os.environ, "FUSEDREG_CUDA": "1" if CUDA_LIBRARY.exists() else "0"}
+    subprocess.run([str(part) for part in build], cwd=tree, env=environment, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
     assert re.fullmatch(rf"fusedreg-{re.escape(fusedreg.__version__)}-cp310-abi3-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as members:
         names = members.namelist()
     assert {"fusedreg/_cpu.abi3.so", "fusedreg/py.typed", "fusedreg/backends/cpu.py"} <= set(names)
+    assert ("fusedreg/_cuda.abi3.so" in names) == CUDA_LIBRARY.exists()
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fusedreg").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == expected
 
@@ -179,7 +196,10 @@ def test_sdist_holds_all_that_a_build_needs(tree: Path) -> None:
     with tarfile.open(archive) as members:
         names = {name.split("/", 1)[1] for name in members.getnames() if "/" in name}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert sources | {"setup.py", "pyproject.toml", "tools/native_build.py", "LICENSE", "README.md"} <= names
+    assert (
+        sources | {"setup.py", "pyproject.toml", "tools/native_build.py", "tools/cuda_build.py", "LICENSE", "README.md"}
+        <= names
+    )
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
 
 
@@ -227,11 +247,13 @@ def test_torch_without_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_cuda_by_name_is_never_left_out_in_silence() -> None:
-    if native_build.cuda_status().possible:
-        pytest.skip("not run: CUDA can be built here")
+    program = (
+        "import runpy, sys; sys.path.insert(0, 'tools'); import cuda_build; cuda_build.find_nvcc = lambda: None; "
+        "sys.argv[:] = ['setup.py', '--version']; runpy.run_path('setup.py', run_name='__main__')"
+    )
     environment = {**os.environ, "FUSEDREG_CUDA": "1"}
     answer = subprocess.run(
-        [sys.executable, "setup.py", "--version"], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert answer.returncode != 0
     assert "FUSEDREG_CUDA=1, but the CUDA extension cannot be built" in answer.stderr
@@ -289,5 +311,5 @@ def test_make_names_its_targets() -> None:
     if shutil.which("make") is None:
         pytest.skip("not run: no make")
     answer = output("make", "-C", ROOT, "--no-print-directory", "help")
-    for target in ("bench", "test", "lint", "sanitize", "build"):
+    for target in ("bench", "test", "lint", "sanitize", "mutate", "registers", "build"):
         assert f"make {target} " in answer
