@@ -4,7 +4,7 @@
 #   make test       the tests
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
-#   make mutate     the CUDA kernels under the emulator, with each barrier and fence removed in turn (an hour)
+#   make mutate     the CUDA kernels under the emulator, with each barrier and fence removed in turn (minutes)
 #   make gpu        on a machine with an NVIDIA GPU: builds, tests on it, benchmarks, writes build/gpu/results.json
 #   make registers  registers and spills of each CUDA kernel, where nvcc is
 #   make build      the compiled extensions alone
