@@ -16,7 +16,14 @@ from test_parity import MATRIX, REPRESENTATIVE, acts_in_evaluation, case_of
 
 from fusedreg.backends.common import DTYPES
 from fusedreg.layer import REVERSE
-from fusedreg.testing import LayerCase, assert_within_budget, make_arguments, one_thread, run_layer
+from fusedreg.testing import (
+    LayerCase,
+    assert_within_budget,
+    implementation,
+    make_arguments,
+    one_thread,
+    run_layer,
+)
 
 pytestmark = emulated
 
@@ -126,6 +133,29 @@ def test_norm_shapes(tier: str, name: str, shape: tuple[int, int, int, int]) -> 
 def test_optional_arguments(name: str, changes: dict[str, object]) -> None:
     for tier in TIERS:
         check(tier, case_of(name, **{"steps": 3, **changes}), seeds=2)
+
+
+@pytest.mark.parametrize("tier", PERSISTENT)
+def test_float32_products_follow_torch(tier: str) -> None:
+    """TF32 has 10 bits: its error is far from float32's, and from none at all. torch is asked at each call."""
+    case = LayerCase("none", steps=4, hidden_size=24)
+    given = make_arguments(case, 0)
+    exact = run_layer(implementation("reference"), case, given.to(torch.float64))["output"]
+
+    def error() -> float:
+        with use(tier):
+            result = lstm_layer(*given[:4], case.options)
+        return float((result.output.double() - exact).norm() / exact.norm())
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        narrow = error()
+        torch.set_float32_matmul_precision("highest")
+        full = error()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert full < 1e-6 < 2e-5 < narrow < 1e-3
 
 
 # ---- What must be equal, not close -------------------------------------------------------------------------------
