@@ -17,7 +17,7 @@ import triton_support  # noqa: F401  # before the kernels
 from helpers import BATCH_NORMS, LAYER_NORMS, REGULARIZERS
 from triton_switching import switching_programs
 
-from fusedreg.backends.triton import backward_configuration, backward_loop, backward_persistent
+from fusedreg.backends.triton import backward_configuration, backward_loop, backward_persistent, configurations
 from fusedreg.layer import FORWARD, REVERSE
 from fusedreg.regularization import BatchNorm
 from fusedreg.testing import (
@@ -71,7 +71,8 @@ def check(case: LayerCase) -> None:
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch, *, persistent: bool, programs: int = 1) -> None:
-    monkeypatch.setattr(backward_configuration, "multiprocessors", lambda device: programs)
+    limits = configurations.Device(programs, 10**6)
+    monkeypatch.setattr(configurations, "device_limits", lambda device: limits)
     monkeypatch.setattr(backward_configuration, "_tiles", lambda *of: (16, 8))
     chosen = functools.partial(backward_configuration.backward_configuration, persistent=persistent)
     monkeypatch.setattr(backward_loop, "backward_configuration", chosen)

@@ -6,12 +6,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedreg.backends.triton.configurations import multiprocessors, power_of_two, product_precision
+from fusedreg.backends.triton import configurations
+from fusedreg.backends.triton.configurations import power_of_two, product_precision
 from fusedreg.backends.triton.layout import Layer
 from fusedreg.encoding import NORM_BATCH, NORM_LAYER, NORM_NONE
 
 # Values of a gate that a stage which owns whole rows has at once, at most.
 _WHOLE_ROWS_ELEMENTS = 1024
+# Elements of a tile that four warps can hold in registers through a whole step.
+_FEW_ELEMENTS = 1024
+# Shared memory that the compiler needs for itself: sums, and values that change their layout.
+_SPARE_BYTES = 16 * 1024
 
 
 class BackwardBlock(NamedTuple):
@@ -56,7 +61,8 @@ def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | 
     flags, rows, hidden_size = layer.flags, layer.sizes.rows, layer.flags.hidden_size
     dtype, device = layer.tensors.weight_hh.dtype, layer.tensors.weight_hh.device
     norm = flags.norm if flags.norm_recurrent or flags.norm_cell else NORM_NONE
-    present = multiprocessors(device)
+    limits = configurations.device_limits(device)
+    present = limits.multiprocessors
     tile_rows, tile_units = _tiles(rows, hidden_size, present, norm)
     unit_tiles, row_tiles = -(-hidden_size // tile_units), -(-rows // tile_rows)
     tiles = unit_tiles if norm == NORM_BATCH else unit_tiles * row_tiles
@@ -67,7 +73,7 @@ def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | 
     block = BackwardBlock(
         rows=tile_rows,
         units=tile_units,
-        columns=min(_columns(dtype, precision), wide),
+        columns=min(_columns(dtype, precision, tile_rows * tile_units), wide),
         wide=wide,
         whole_rows=min(power_of_two(-(-rows // present)), max(1, _WHOLE_ROWS_ELEMENTS // wide)),
         norm=norm,
@@ -75,21 +81,33 @@ def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | 
         persistent=int(persistent),
         precision=precision,
     )
-    by_rows = norm == NORM_LAYER
     return BackwardConfiguration(
         block,
         unit_tiles,
         row_tiles,
         programs=min(tiles, present),
-        launch={"num_warps": 8 if by_rows and persistent and wide >= 1024 else 4, "num_stages": 3},
+        launch={"num_warps": _warps(block), "num_stages": _stages(block, dtype, limits.shared_bytes)},
         rows_launch={"num_warps": min(16, max(1, block.whole_rows * wide // 128))},
     )
 
 
-def _columns(dtype: torch.dtype, precision: str) -> int:
+def _warps(block: BackwardBlock) -> int:
+    """So many that no value has to leave the registers, of which a norm's passes need most."""
+    if block.norm == NORM_LAYER and block.persistent and block.whole_rows * block.wide >= _WHOLE_ROWS_ELEMENTS:
+        return 8
+    return 8 if block.rows * block.units > (_FEW_ELEMENTS // 2 if block.norm == NORM_BATCH else _FEW_ELEMENTS) else 4
+
+
+def _stages(block: BackwardBlock, dtype: torch.dtype, shared_bytes: int) -> int:
+    """How many of a product's tiles are on their way at once: three, or what the shared memory holds."""
+    tile = (block.rows + block.units) * block.columns * dtype.itemsize
+    return max(1, min(3, (shared_bytes - _SPARE_BYTES) // tile))
+
+
+def _columns(dtype: torch.dtype, precision: str, elements: int) -> int:
     """How deep a product's tiles are. True float32 products have no tensor cores, and are unrolled over the depth."""
     if dtype != torch.float32:
-        return 128
+        return 128 if elements <= _FEW_ELEMENTS else 64
     return 32 if precision == "ieee" else 64
 
 

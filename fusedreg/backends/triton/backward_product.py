@@ -60,11 +60,14 @@ def hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER: tl.constex
         if LAYER.hidden_dropout == UNTIED:
             key0, key1 = keys(loop)
             words = family_words(units[None, :], rows[:, None], UNTIED_HIDDEN, rates.stream, key0, key1)
-            blank = total
+            dropped = tl.zeros([rows.shape[0], units.shape[0]], tl.int32)  # one bit a gate: words take four registers
             for gate in tl.static_range(4):
+                dropped += is_below(words[gate], rates.hidden_threshold).to(tl.int32) << gate
+            blank = total
+            for gate in range(4):  # not unrolled: four products' addresses would fill the registers
                 part = product_of_gate(blank, sources, passing, units, gate * HIDDEN, loop.weight_hh,
                                        grads.grad_recurrent, HIDDEN, HIDDEN, BLOCK)  # fmt: skip
-                total += tl.where(is_below(words[gate], rates.hidden_threshold), 0.0, part)
+                total += tl.where((dropped >> gate) & 1 != 0, 0.0, part)
         else:
             total = product_of_gate(total, sources, passing, units, 0, loop.weight_hh, grads.grad_recurrent,
                                     4 * HIDDEN, HIDDEN, BLOCK)  # fmt: skip
