@@ -38,9 +38,6 @@ class BackwardSums {
  public:
   FUSEDREG_DEVICE explicit BackwardSums(const PersistentBackwardParams& params) : params_(params) {}
 
-  // Batch norm: rows that take part in the statistics; 0 where these are constants.
-  FUSEDREG_DEVICE void set_count(int count) { count_ = count; }
-
   // One cell's terms: 2, a value and its product with x_hat; or 8, four values and their products. All lanes of a warp
   // come together; a cell that does not run brings zeros. Batch norm adds to what the thread has of its unit; layer
   // norm leaves the block's two numbers of the row.
@@ -66,9 +63,10 @@ class BackwardSums {
     }
   }
 
-  // When all cells have been collected, all threads together. Batch norm: makes means of the sums over rows.
+  // When all cells have been collected, all threads together. Batch norm: makes means over `count` rows of the sums;
+  // zeros where the statistics are constants, and `count` 0.
   template <int N>
-  FUSEDREG_DEVICE void finish(float (&over_rows)[8], Exchange& exchange) {
+  FUSEDREG_DEVICE void finish(float (&over_rows)[8], int count, Exchange& exchange) const {
     if (params_.shape.norm == NormKind::Layer) {
       exchange.publish_rows(params_.shared<float>(params_.room.sums));
       exchange.sum_rows(params_.shared<float>(params_.room.totals));
@@ -89,7 +87,7 @@ class BackwardSums {
       float sum = 0;
 #pragma unroll
       for (int warp = 0; warp < kProductWarps; ++warp) sum += room[(k * kProductWarps + warp) * kUnits + column];
-      over_rows[k] = count_ == 0 ? 0.0f : sum / static_cast<float>(count_);
+      over_rows[k] = count == 0 ? 0.0f : sum / static_cast<float>(count);
     }
   }
 
@@ -107,7 +105,6 @@ class BackwardSums {
 
  private:
   const PersistentBackwardParams& params_;
-  int count_ = 0;
 };
 
 }  // namespace fusedreg::cuda

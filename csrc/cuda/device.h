@@ -25,6 +25,10 @@
 //       place in block `rank`. 2, 4, 8 or 16 bytes.
 //   cluster_arrive()  cluster_wait()  every thread of every block: what was stored before the arrival is seen after the
 //       wait. No block may return while another may still store to it or load from it.
+// Into the block's shared memory, while the thread goes on:
+//   fetch_to_shared(to, from)         four bytes of device memory; `to` may hold anything until
+//   wait_for_fetched()                all that this thread has asked for is there, for itself, and after a sync_block()
+//       for the block
 // Else:
 //   opaque(integer)                   the same, but the compiler does not know: what is computed from it inside a loop is
 //       computed there, and takes no register before the loop

@@ -135,6 +135,13 @@ FUSEDREG_DEVICE void store_release(uint32_t* flag, uint32_t value) {
 
 FUSEDREG_DEVICE void fence_device() { __threadfence(); }
 
+FUSEDREG_DEVICE void fetch_to_shared(uint32_t* to, const uint32_t* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+FUSEDREG_DEVICE void wait_for_fetched() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 FUSEDREG_DEVICE uint64_t timer_nanoseconds() {
   uint64_t now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));

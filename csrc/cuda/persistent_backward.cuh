@@ -40,6 +40,7 @@ class PersistentBackward {
     const int longest = cells_.longest();
     for (int s = static_cast<int>(cells_.in.steps) - 1; s >= longest; --s) cells_.pass_step(s);
     if (longest > 0) cells_.prepare(longest - 1);
+    wait_for_fetched();
     sync_block();
     for (int s = longest - 1; s >= 0; --s) {
       cells_.step(s, exchange_);
@@ -91,6 +92,7 @@ class PersistentBackward {
         product_.multiply(GlobalSource{exchange_.buffer(), layout.lines, layout.line_bytes, 1}, row, tiles, partials,
                           partial_rows);
       }
+      wait_for_fetched();  // for the step before: the barrier below hands it to the block
       sync_block();
       cells_.add_recurrent(s, row, row + partial_rows, [&](int tile_row, int column, int warp) {
         return Product::partial(partials, partial_rows, warp, tile_row - row, column);

@@ -35,6 +35,8 @@ struct BackwardShape {
   NormKind norm = NormKind::None;
   bool norm_recurrent = false;
   bool norm_cell = false;
+  bool activated = false;   // the forward kept the gates after their activations
+  bool grad_cells = false;  // a gradient of all cells may come in
 
   // K is [gate][padded unit], whole chunks a gate; gate k belongs to warps 2k and 2k + 1, so that untied masks can be
   // put on what each warp has summed.
@@ -65,14 +67,15 @@ struct BackwardShape {
   FUSEDREG_HOST_DEVICE constexpr int tiles() const { return (rows + kTileRows - 1) / kTileRows; }
   // Tiles whose partial sums are in shared memory at a time.
   FUSEDREG_HOST_DEVICE constexpr int tiles_of_pass() const {
-    constexpr size_t room = 48 * 1024;
+    constexpr size_t room = 24 * 1024;
     const int fitting = static_cast<int>(room / ProductSizes::partial_bytes(units, kTileRows));
     return fitting < tiles() ? fitting : tiles();
   }
 };
 
-// Values of a cell that wait for the sums of a norm; see PersistentBackward.
-constexpr int kTraceValues = 8;
+// Values of a cell in `trace`; see BackwardCells.
+constexpr int kTraceOfTerms = 4;  // without a norm
+constexpr int kTraceOfNorm = 8;
 
 // Where everything is, in bytes from the beginning of shared memory; `bytes` in all. -1: not there.
 struct BackwardRoom {
@@ -88,9 +91,14 @@ struct BackwardRoom {
   int cell_constants = -1;  // [N_c's gain, shift][unit]
   int gate_moments = -1;    // [mean, scale, spread][column or row]
   int cell_moments = -1;    // [mean, scale, spread][column or row]
-  int trace = -1;           // [value][row][unit]
-  int sums = -1;            // batch norm: a warp's sums over rows; layer norm: the block's two numbers of each row
-  int totals = -1;          // layer norm: the same, of all blocks
+  // What the step before reads of device memory, fetched while da travels:
+  int gates = -1;          // [gate][row][unit] as the forward kept them, or the raw a
+  int previous_cell = -1;  // [row][unit]
+  int grad_output = -1;    // [row][unit]
+  int grad_cells = -1;     // [row][unit]
+  int trace = -1;          // [value][row][unit], unless the gates were kept activated; the first four are fetched too
+  int sums = -1;           // batch norm: a warp's sums over rows; layer norm: the block's two numbers of each row
+  int totals = -1;         // layer norm: the same, of all blocks
   size_t bytes = 0;
 };
 
@@ -116,7 +124,14 @@ inline BackwardRoom backward_room(const BackwardShape& shape) {
   if (shape.norm_cell) room.cell_constants = take(2 * units * value);
   if (shape.norm_recurrent) room.gate_moments = take(3 * (batch ? 4 * units : rows) * value);
   if (shape.norm_cell) room.cell_moments = take(3 * (batch ? units : rows) * value);
-  if (shape.norm_cell || shape.norm_recurrent) room.trace = take(kTraceValues * rows * units * value);
+  const size_t storage = static_cast<size_t>(shape.storage_bytes);
+  room.gates = take(4 * rows * units * (shape.activated ? storage : value));
+  room.previous_cell = take(rows * units * value);
+  room.grad_output = take(rows * units * storage);
+  if (shape.grad_cells) room.grad_cells = take(rows * units * value);
+  if (!shape.activated) {
+    room.trace = take((shape.norm == NormKind::None ? kTraceOfTerms : kTraceOfNorm) * rows * units * value);
+  }
   // Batch norm sums 2 numbers for N_c and then 8 for N_a, in places of their own.
   if (batch) room.sums = take(10 * kProductWarps * units * value);
   if (layer) {

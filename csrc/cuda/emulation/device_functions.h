@@ -153,6 +153,13 @@ inline uint32_t load_acquire(const uint32_t* flag, FUSEDREG_CALLER) {
 inline void store_release(uint32_t* flag, uint32_t value) { emulation::publish(flag, value, true); }
 inline void fence_device() { emulation::fence(); }
 
+// As late as it may: when it is waited for.
+inline void fetch_to_shared(uint32_t* to, const uint32_t* from) { emulation::running().fetches.push_back({to, from}); }
+inline void wait_for_fetched() {
+  for (const auto& [to, from] : emulation::running().fetches) *to = *from;
+  emulation::running().fetches.clear();
+}
+
 inline int cluster_rank() { return emulation::running().block->rank; }
 inline int cluster_blocks() { return static_cast<int>(emulation::running().block->cluster->blocks.size()); }
 inline void cluster_arrive(FUSEDREG_CALLER) { emulation::arrive_at_cluster(true, {"cluster_arrive", file, line}); }

@@ -45,6 +45,7 @@ struct Thread {
   StoreList stores;          // for the device, in no barrier yet
   StoreList cluster_stores;  // into shared memory of other blocks
   uint32_t seen = 0;         // up to when it has seen what others stored
+  std::vector<std::pair<uint32_t*, const uint32_t*>> fetches;  // into shared memory, not waited for yet
 };
 
 struct Warp {
