@@ -30,7 +30,8 @@
 //   wait_for_fetched()                all that this thread has asked for is there, for itself, and after a sync_block()
 //       for the block
 // Else:
-//   opaque(integer)                   the same, but the compiler does not know: what is computed from it inside a loop is
+//   opaque(integer)                   the same, but the compiler does not know: what is computed from it inside a loop
+//   is
 //       computed there, and takes no register before the loop
 //   timer_nanoseconds()               for bounded waits
 //   stop(message, integers...)        prints the message, then the integers, and ends the kernel with an error

@@ -42,9 +42,9 @@ struct Thread {
   uint32_t polled_value = 0;
   bool arrived = false;  // at the cluster's barrier, without having waited yet
   uint32_t arrival_phase = 0;
-  StoreList stores;          // for the device, in no barrier yet
-  StoreList cluster_stores;  // into shared memory of other blocks
-  uint32_t seen = 0;         // up to when it has seen what others stored
+  StoreList stores;                                            // for the device, in no barrier yet
+  StoreList cluster_stores;                                    // into shared memory of other blocks
+  uint32_t seen = 0;                                           // up to when it has seen what others stored
   std::vector<std::pair<uint32_t*, const uint32_t*>> fetches;  // into shared memory, not waited for yet
 };
 
