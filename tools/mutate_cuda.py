@@ -1,10 +1,10 @@
 """``make mutate``: every barrier and every fence of the CUDA kernels, removed in turn under the emulator.
 
-``sync_block``, ``sync_warp`` and ``fence_device`` are left out; ``store_release``, ``load_acquire`` and
-``cluster_arrive`` no longer order anything; ``cluster_wait`` does not wait. A copy of the sources is compiled once,
-with a switch at each of these sites. A child process for each site then runs small layers through every tier under
-several schedules, and compares with what the kernels gave with all switches on: bit for bit, since no result depends on
-the order of threads. A difference, an error and a wait that never ends are what a test would notice.
+``sync_block``, ``sync_warp``, ``fence_device`` and ``wait_for_fetched`` are left out; ``store_release``,
+``load_acquire`` and ``cluster_arrive`` no longer order anything; ``cluster_wait`` does not wait. A copy of the sources
+is compiled once, with a switch at each of these sites. A child process for each site then runs small layers through
+every tier under several schedules, and compares with what the kernels gave with all switches on: bit for bit, since no
+result depends on the order of threads. A difference, an error and a wait that never ends are what a test would notice.
 
 What no test can notice is listed in ``tests/native/unnoticed_removals.json``, each with the reason it is needed all
 the same. A removal that goes unnoticed and is not listed fails, and so does a listed one that is noticed or gone.
@@ -41,6 +41,7 @@ OPERATIONS = (
     "cluster_wait",
     "store_release",
     "load_acquire",
+    "wait_for_fetched",
 )
 CALL = re.compile(rf"\b({'|'.join(OPERATIONS)})\(")
 # The files that define the operations.
@@ -146,23 +147,24 @@ def make_runs() -> list[Run]:
         case_of("none", "plain", steps=4, rows=20, hidden_size=70),
         case_of("everything", "recompute", steps=3, rows=33, hidden_size=40, dtype=torch.bfloat16),
         case_of("everything_untied_batch_norm", "plain", steps=3, rows=20, hidden_size=20),
-        # More rows than the sums of one pass have room for.
-        case_of("none", "plain", steps=2, rows=70, hidden_size=40),
         case_of("everything_tied_layer_norm", "plain", steps=3, rows=20, hidden_size=70, dtype=torch.float16),
     ]
+    # More rows than the sums of one pass have room for, on a device on which a cluster has to take them all.
+    many_rows = [
+        case_of("none", steps=3, rows=70, hidden_size=60),
+        case_of("none", steps=3, rows=70, hidden_size=40, dtype=torch.bfloat16),
+    ]
 
-    def results(tier: str, case: LayerCase, schedule: int) -> dict[str, object]:
+    def results(tier: str, multiprocessors: int, case: LayerCase, schedule: int) -> dict[str, object]:
         library = torch.ops.fusedreg_emulated
-        library._set_device([16, 227 * 1024, 9, 0])
+        library._set_device([multiprocessors, 227 * 1024, 9, 0])
         library._set_schedule(schedule)
         library._set_tier(tier)
         return dict(run_layer(layer, case, make_arguments(case, 3)))
 
-    return [
-        Run(f"{tier} {case.id}", functools.partial(results, tier, case))
-        for case in cases
-        for tier in ("grid", "cluster", "step")
-    ]
+    runs = [(tier, 16, case) for case in cases for tier in ("grid", "cluster", "step")]
+    runs += [("cluster", 2, case) for case in many_rows]
+    return [Run(f"{tier} {case.id}", functools.partial(results, tier, count, case)) for tier, count, case in runs]
 
 
 def load(library: Path) -> ctypes.c_int:
