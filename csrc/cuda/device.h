@@ -31,8 +31,7 @@
 //       for the block
 // Else:
 //   opaque(integer)                   the same, but the compiler does not know: what is computed from it inside a loop
-//   is
-//       computed there, and takes no register before the loop
+//       is computed there, and takes no register before the loop
 //   timer_nanoseconds()               for bounded waits
 //   stop(message, integers...)        prints the message, then the integers, and ends the kernel with an error
 //   sigmoid(x) tanh(x)                float and double, to full precision at any argument

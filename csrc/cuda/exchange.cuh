@@ -211,15 +211,17 @@ class Exchange {
   FUSEDREG_DEVICE void wait_for(int block) const {
     const uint32_t* const flag = flags_ + block * kFlagWords;
     // The acquire orders the loads of what was published after it. Flags only grow: a faster block is ahead.
-    if (reached(load_acquire(flag))) return;
+    uint32_t seen = load_acquire(flag);
+    if (reached(seen)) return;
     const uint64_t begin = timer_nanoseconds();
-    while (!reached(load_acquire(flag))) {
+    while (!reached(seen)) {
       if (timer_nanoseconds() - begin > kLongestWait) {
         stop(
             "20 seconds passed at an exchange: blocks are not all resident, or one has stopped. This block, the one "
             "waited for, publications expected and seen:",
-            own_, block, published_, load_acquire(flag));
+            own_, block, published_, seen);
       }
+      seen = load_acquire(flag);
     }
   }
   FUSEDREG_DEVICE bool reached(uint32_t value) const { return static_cast<int32_t>(value - published_) >= 0; }
