@@ -100,7 +100,7 @@ endif
 
 # Where examples and notebooks find the package from any folder: a link to this checkout.
 .venv/.installed: pyproject.toml fusedreg/_version.py $(ENVIRONMENT)
-	@FUSEDREG_CPU=0 $(PIP) --no-build-isolation --no-deps --editable .
+	@FUSEDREG_CPU=0 FUSEDREG_CUDA=0 $(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 test: build $(EMULATED)
