@@ -125,30 +125,29 @@ class PersistentForward {
 
   // ---- between publishing and waiting ----
 
-  // What step s needs that no other block makes: masks, input terms, what each row does.
+  // What step s needs that no other block makes: masks, input terms, what each row does. The terms come from device
+  // memory, into the place that write_results() has just read; take_sums() waits for them.
   FUSEDREG_DEVICE void prepare(int s) {
     const PersistentForwardParams& params = block_.params;
     const LoopInputs& layer = params.loop.layer;
     block_.count_rows(s);
     if (params.shape.norm == NormKind::Batch) load_population(block_, s);
-    const float* const bias = block_.gate_constants();
     block_.each_cell(0, block_.rows, [&](const Cell& cell) {
       const uint32_t before = block_.masks()[cell.index()];
       uint32_t bits = before & kSequenceBits;
       const int64_t length = block_.length(cell.row);
       if (s < length) {
         const int64_t b = block_.batch_row(cell), unit = block_.unit(cell);
-        const int64_t t = position(layer.in, length, s);
-        float terms[4];
-        read_gates(static_cast<const float*>(layer.input_terms), t * layer.in.rows + b, layer.in.hidden_size, unit,
-                   terms);
+        const int64_t t = position(layer.in, length, s), hidden_size = layer.in.hidden_size;
+        const uint32_t* terms =
+            static_cast<const uint32_t*>(layer.input_terms) + (t * layer.in.rows + b) * 4 * hidden_size + unit;
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate, terms += hidden_size) {
+          fetch_to_shared(reinterpret_cast<uint32_t*>(block_.gates() + cell.gate(gate)), terms);
+        }
         bits |= kRuns | packed_step_masks(params.masks, block_.key, b, unit, t);
         if ((before & kNextBeginsFromZero) != 0) bits |= kBeginsFromZero;
         if (begins_from_zero(layer.in, b, length, s + 1)) bits |= kNextBeginsFromZero;
-#pragma unroll
-        for (int gate = 0; gate < 4; ++gate) {
-          block_.gates()[cell.gate(gate)] = terms[gate] + bias[gate * U + cell.unit];
-        }
       }
       block_.masks()[cell.index()] = static_cast<uint16_t>(bits);
     });
@@ -217,6 +216,7 @@ class PersistentForward {
   FUSEDREG_DEVICE void take_sums(int first, int last) {
     const ForwardShape& shape = block_.params.shape;
     const int warps = block_.params.working_warps;
+    wait_for_fetched();  // this thread's own: the cells that it goes through are those that it fetched for
     block_.each_cell(first, last, [&](const Cell& cell) {
       const uint32_t bits = block_.masks()[cell.index()];
       if ((bits & kRuns) == 0) return;
@@ -228,13 +228,18 @@ class PersistentForward {
         if (shape.norm != NormKind::None) {
           block_.raw()[cell.gate(gate)] = z[gate];
         } else {
-          z[gate] += block_.gates()[cell.gate(gate)];
+          z[gate] += input_term(cell, gate);
         }
       }
       if (shape.norm != NormKind::None) return;
       const float candidate = enter(cell, bits, z);
       leave(cell, bits, candidate, candidate);
     });
+  }
+
+  // N_r(r) + b of a gate; once the cell is entered, the activated gate stands in its place.
+  FUSEDREG_DEVICE float input_term(const Cell& cell, int gate) const {
+    return block_.gates()[cell.gate(gate)] + block_.gate_constants()[gate * U + cell.unit];
   }
 
   // N_a, the cells, and N_c between their halves.
@@ -248,7 +253,7 @@ class PersistentForward {
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) {
         const float a = block_.raw()[cell.gate(gate)];
-        z[gate] = (shape.norm_recurrent ? normalised_gate(block_, cell, gate, a) : a) + block_.gates()[cell.gate(gate)];
+        z[gate] = (shape.norm_recurrent ? normalised_gate(block_, cell, gate, a) : a) + input_term(cell, gate);
       }
       const float candidate = enter(cell, bits, z);
       if (shape.norm_cell) {
