@@ -41,7 +41,7 @@ def outcomes(driver: Path, case: str, seeds: int = SEEDS) -> list[str]:
 
 @pytest.mark.parametrize(
     "case",
-    ["barriers", "warp", "shuffles", "exchange", "cluster", "mma_bfloat16", "mma_float16", "mma_float32"],
+    ["barriers", "warp", "fetches", "shuffles", "exchange", "cluster", "mma_bfloat16", "mma_float16", "mma_float32"],
 )
 def test_right_in_every_order(driver: Path, case: str) -> None:
     assert outcomes(driver, case) == ["right"] * SEEDS
@@ -53,6 +53,7 @@ def test_right_in_every_order(driver: Path, case: str) -> None:
         "no_barrier_before",
         "no_barrier_after",
         "no_sync_warp",
+        "no_wait_for_fetched",
         "no_release",
         "no_acquire",
         "no_barrier_of_writers",

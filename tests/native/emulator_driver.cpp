@@ -50,6 +50,18 @@ FUSEDREG_KERNEL void lanes(FUSEDREG_PARAMETER Params params) {
 
 float lanes_expected(int index) { return static_cast<float>(15000 + kSteps * (index / 32 * 32 + (index + 7) % 32)); }
 
+// A number from device memory, on its way while the thread goes on.
+template <bool waited>
+FUSEDREG_KERNEL void fetches(FUSEDREG_PARAMETER Params params) {
+  uint32_t* const values = reinterpret_cast<uint32_t*>(dynamic_shared());
+  fetch_to_shared(values + thread_index(), params.flags + block_index());
+  if (waited) wait_for_fetched();
+  sync_block();
+  params.out[block_index() * kThreads + thread_index()] = static_cast<float>(values[(thread_index() + 7) % kThreads]);
+}
+
+float fetches_expected(int) { return 0; }
+
 FUSEDREG_KERNEL void shuffles(FUSEDREG_PARAMETER Params params) {
   const int own = thread_index() * 3;
   const uint32_t a = shuffle_xor(static_cast<uint32_t>(own), 5);
@@ -238,6 +250,8 @@ const std::map<std::string, std::function<std::string()>> kCases = {
     {"no_barrier_after", [] { return run<neighbours<true, false>>(kBlock, neighbours_expected); }},
     {"warp", [] { return run<lanes<true>>(kBlock, lanes_expected); }},
     {"no_sync_warp", [] { return run<lanes<false>>(kBlock, lanes_expected); }},
+    {"fetches", [] { return run<fetches<true>>(kBlock, fetches_expected); }},
+    {"no_wait_for_fetched", [] { return run<fetches<false>>(kBlock, fetches_expected); }},
     {"shuffles", [] { return run<shuffles>(kBlock, shuffles_expected); }},
     {"exchange", [] { return run<exchange<true, true, true, true>>(kGrid, exchange_expected); }},
     {"no_release", [] { return run<exchange<false, true, true, true>>(kGrid, exchange_expected); }},

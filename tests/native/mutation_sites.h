@@ -39,6 +39,11 @@ void fence_device() {
 }
 
 template <int site>
+void wait_for_fetched() {
+  if (fusedreg_mutation != site) fusedreg::cuda::wait_for_fetched();
+}
+
+template <int site>
 void store_release(uint32_t* flag, uint32_t value) {
   fusedreg_mutation == site ? store_relaxed(flag, value) : fusedreg::cuda::store_release(flag, value);
 }
