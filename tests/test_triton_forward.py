@@ -15,7 +15,7 @@ import triton_support  # noqa: F401  # before the kernels
 from helpers import REGULARIZERS
 from triton_switching import switching_programs
 
-from fusedreg.backends.triton import configurations, forward_loop, forward_persistent, forward_step
+from fusedreg.backends.triton import configurations, forward_loop, forward_persistent, forward_step, layer
 from fusedreg.layer import REVERSE
 from fusedreg.regularization import BatchNorm
 from fusedreg.testing import LayerCase, check_report, compare, implementation, run_layer
@@ -158,3 +158,40 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# ---- What memory safety needs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "name"),
+    [
+        (1, torch.zeros(8, 3), "weight_ih"),
+        (2, torch.zeros(8), "weight_hh"),
+        (5, torch.zeros(2, 2, dtype=torch.float64), "initial_hidden"),
+        (7, torch.zeros(3, dtype=torch.int64), "lengths"),
+        (9, None, "seed"),
+        (24, [0.0], "rates"),
+    ],
+)
+@pytest.mark.parametrize("end", ["forward", "backward"])
+def test_arguments_that_do_not_fit_are_refused(end: str, place: int, wrong: object, name: str) -> None:
+    input, weight_ih, weight_hh = torch.zeros(4, 2, 3), torch.zeros(8, 3), torch.zeros(8, 2)
+    rates, options = [0.0] * 8 + [0.5], [0, 0, 1, *[0] * 10, 1]
+    arguments: list[object] = [input, weight_ih, weight_hh, *[None] * 6, torch.tensor(1), *[None] * 14, rates, options]
+    arguments[place] = wrong if place != 1 else torch.zeros(8, 4)
+    arguments.append(0.0)
+    if end == "backward":
+        saved = [torch.zeros(4, 2, 2), torch.zeros(4, 2, 2), torch.zeros(4, 2, 8), *[torch.zeros(0)] * 4]
+        arguments = [*[None] * 4, *arguments[:24], *saved, *arguments[24:], [True] * 13]
+    with pytest.raises(RuntimeError, match=name):
+        getattr(layer, end)(*arguments)
+
+
+def test_what_was_not_saved_is_refused() -> None:
+    input, weight_ih, weight_hh = torch.zeros(4, 2, 3), torch.zeros(8, 3), torch.zeros(8, 2)
+    given = [*[None] * 4, input, weight_ih, weight_hh, *[None] * 21]
+    kept = [torch.zeros(4, 2, 2), torch.zeros(4, 2, 2), torch.zeros(4, 2, 7), *[torch.zeros(0)] * 4]
+    for save, name in ((0, "saved for the backward"), (1, "gates")):
+        with pytest.raises(RuntimeError, match=name):
+            layer.backward(*given, *kept, [0.0] * 9, [*[0] * 13, save], 0.0, [True] * 13)

@@ -1,0 +1,109 @@
+"""What memory safety needs of an operator's arguments: anyone can call an operator, and a kernel believes its sizes.
+
+:mod:`fusedreg.validation` has checked the arguments of those who come by :func:`fusedreg.functional.lstm`; the index
+of running statistics is limited in the kernels, and lengths are clamped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedreg.backends.triton.layout import Arguments
+from fusedreg.encoding import NORM_BATCH, NORM_LAYER, NORM_NONE, SAVE_GATES, SAVE_NOTHING
+
+_NAME = "fusedreg::triton_lstm_layer"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check(name: str, value: Tensor, like: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if value.dtype == dtype and value.shape == shape and value.device == like.device:
+        return
+    raise RuntimeError(
+        f"{_NAME}: {name}: expected {dtype} of shape {shape} on {like.device}, got {value.dtype} of shape "
+        f"{tuple(value.shape)} on {value.device}; call fusedreg.LSTM, which passes what is needed"
+    )
+
+
+def check_arguments(tensors: Arguments, rates: Sequence[float], options: Sequence[int]) -> None:
+    """Types, sizes and devices of the 24 tensors, and how many rates and options there are."""
+    input, weight_hh = tensors.input, tensors.weight_hh
+    if len(rates) != 9 or len(options) != 14:
+        raise RuntimeError(
+            f"{_NAME}: rates, options: expected 9 and 14 numbers, got {len(rates)} and {len(options)}; take them from "
+            "fusedreg.ops.encode_options"
+        )
+    if input.dim() != 3 or input.dtype not in _DTYPES or input.shape[0] == 0 or weight_hh.dim() != 2:
+        raise RuntimeError(
+            f"{_NAME}: input, weight_hh: expected (T, B, I) with T > 0 in float32, bfloat16 or float16, and (4H, H), "
+            f"got {tuple(input.shape)} in {input.dtype} and {tuple(weight_hh.shape)}; call fusedreg.LSTM"
+        )
+    steps, rows, width = input.shape
+    size = weight_hh.shape[1]
+    kind, sites = options[7], options[8:11]
+    storage = input.dtype
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "weight_ih": (storage, (4 * size, width)),
+        "weight_hh": (storage, (4 * size, size)),
+        "bias_ih": (storage, (4 * size,)),
+        "bias_hh": (storage, (4 * size,)),
+        "initial_hidden": (storage, (rows, size)),
+        "initial_cell": (torch.float32, (rows, size)),
+        "lengths": (torch.int64, (rows,)),
+        "reset": (torch.bool, (steps, rows)),
+        "seed": (torch.int64, ()),
+    }
+    required = {"weight_ih", "weight_hh"}
+    if options[2] and any(rate > 0.0 for rate in rates):
+        required.add("seed")
+    for site, on, count in zip(("input", "recurrent", "cell"), sites, (4 * size, 4 * size, size), strict=True):
+        if kind == NORM_NONE or not on:
+            continue
+        expected[f"norm_{site}_weight"] = expected[f"norm_{site}_bias"] = (storage, (count,))
+        required.add(f"norm_{site}_weight")
+        if site == "cell" or kind == NORM_LAYER:
+            required.add(f"norm_{site}_bias")
+        if kind == NORM_BATCH:
+            mean = getattr(tensors, f"running_{site}_mean")
+            kept = 0 if mean is None else mean.shape[0]
+            expected[f"running_{site}_mean"] = expected[f"running_{site}_var"] = (torch.float32, (kept, count))
+            if mean is not None:
+                required.add(f"running_{site}_var")
+    if kind == NORM_BATCH:
+        expected["running_index"] = expected["running_input_index"] = (torch.int64, (steps,))
+    for name, (dtype, shape) in expected.items():
+        value = getattr(tensors, name)
+        if value is not None:
+            _check(name, value, input, dtype, shape)
+        elif name in required:
+            raise RuntimeError(f"{_NAME}: {name}: expected a tensor with these options, got None; call fusedreg.LSTM")
+
+
+def check_saved(tensors: Arguments, saved: Sequence[Tensor], options: Sequence[int]) -> None:
+    """The seven tensors that the forward kept: ``cells``, ``hidden``, both gates' and three statistics."""
+    input, size = tensors.input, tensors.weight_hh.shape[1]
+    steps, rows, _ = input.shape
+    kind, (norm_input, norm_recurrent, norm_cell), save = options[7], options[8:11], options[13]
+    if save == SAVE_NOTHING:
+        raise RuntimeError(
+            f"{_NAME}_backward: options: expected a forward that saved for the backward, got save = 0 (nothing); "
+            "encode the options with SAVE_GATES"
+        )
+    gates = (steps, rows, 4 * size)
+    kept = torch.int16 if input.dtype != torch.float32 and kind == NORM_NONE else torch.float32
+    by_step = [(1 if options[11] else steps, 2, 4 * size), (steps, 2, 4 * size), (steps, 2, size)]
+    statistics = by_step if kind == NORM_BATCH else [(steps, 2, rows)] * 3
+    wanted = [
+        ("cells", torch.float32, (steps, rows, size), True),
+        ("hidden", input.dtype, (steps, rows, size), True),
+        ("gates", kept, gates, save == SAVE_GATES),
+        ("input_gates", torch.float32, gates, save == SAVE_GATES and kind != NORM_NONE),
+        ("input_statistics", torch.float32, statistics[0], norm_input and kind != NORM_NONE),
+        ("recurrent_statistics", torch.float32, statistics[1], norm_recurrent and kind != NORM_NONE),
+        ("cell_statistics", torch.float32, statistics[2], norm_cell and kind != NORM_NONE),
+    ]
+    for (name, dtype, shape, present), value in zip(wanted, saved, strict=True):
+        if present:
+            _check(name, value, input, dtype, shape)
