@@ -199,8 +199,8 @@ def main(capability: int, cases: list[str]) -> None:
         fields = {"hidden_size": int(hidden_size), "dtype": getattr(torch, dtype), "recompute": kind == "step"}
         for again in (False, True):
             pretended.compiled.clear()
-            if again:  # within the same tile of rows
-                run(name, rates=0.5, rows=16, steps=16, layer=1, num_layers=3, **fields)
+            if again:  # one row less, which leaves the tile of rows as it is
+                run(name, rates=0.5, rows=int(rows) - 1, steps=16, layer=1, num_layers=3, **fields)
             else:
                 run(name, rows=int(rows), **fields)
             for kernel in pretended.compiled:
