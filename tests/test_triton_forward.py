@@ -15,10 +15,12 @@ import triton_support  # noqa: F401  # before the kernels
 from helpers import REGULARIZERS
 from triton_switching import switching_programs
 
+import fusedreg
 from fusedreg.backends.triton import configurations, forward_loop, forward_persistent, forward_step, layer
 from fusedreg.layer import REVERSE
+from fusedreg.masks import masks
 from fusedreg.regularization import BatchNorm
-from fusedreg.testing import LayerCase, check_report, compare, implementation, run_layer
+from fusedreg.testing import LayerCase, check_report, compare, implementation, make_arguments, run_layer
 from fusedreg.testing.budget import baseline
 
 MODES: dict[str, dict[str, object]] = {
@@ -92,6 +94,42 @@ def test_shapes(name: str, changes: dict[str, object]) -> None:
 
 def test_optional_arguments() -> None:
     check(case_of("everything", bias=False, initial_state=False, return_cells=False))
+
+
+def test_padding_may_hold_anything() -> None:
+    case = case_of("everything_batch_norm", "reverse")
+    arguments = make_arguments(case, 0)
+    clean = run_layer(implementation("triton"), case, arguments, backward=False)
+    assert arguments.lengths is not None
+    padding = torch.arange(case.steps).unsqueeze(1) >= arguments.lengths
+    spoilt = arguments.input.clone()
+    spoilt[padding] = float("nan")
+    for name, value in run_layer(
+        implementation("triton"), case, arguments._replace(input=spoilt), backward=False
+    ).items():
+        assert torch.equal(value, clean[name]), name
+
+
+def test_zoneout_selects() -> None:
+    """What is zoned out does not reach the state, not even as NaN times zero: one bad input spoils one candidate."""
+    module = fusedreg.LSTM(4, 33, zoneout_hidden=0.5, zoneout_cell=0.5, backend="triton")
+    input = torch.randn(1, 5, 4)
+    input[0, 2, 1] = float("nan")
+    with torch.no_grad():
+        output, (h_n, c_n) = module(input, seed=3)
+    drawn = masks(3, module.regularization, input_size=4, hidden_size=33, batch_size=5, steps=1)["l0"]
+    for value, zone in ((h_n[0], drawn.zoneout_hidden), (c_n[0], drawn.zoneout_cell)):
+        assert zone is not None
+        assert not value[torch.arange(5) != 2].isnan().any()
+        assert torch.equal(value[2].isnan(), ~zone[0, 2])
+    assert torch.equal(output[0].isnan(), h_n[0].isnan())
+
+
+def test_an_empty_batch() -> None:
+    module = fusedreg.LSTM(4, 5, backend="triton")
+    output, (h_n, c_n) = module(torch.zeros(3, 0, 4))
+    assert output.shape == (3, 0, 5)
+    assert h_n.shape == c_n.shape == (1, 0, 5)
 
 
 # ---- The persistent kernel ---------------------------------------------------------------------------------------
