@@ -14,7 +14,7 @@ namespace fusedreg::cuda {
 // Chunks of W that a warp keeps in registers, at 2 registers a thread and unit each: as many as spill nothing. float32
 // without matrix instructions reads W seldom (once for 16 rows), and needs the registers for its sums.
 FUSEDREG_HOST_DEVICE constexpr int forward_register_chunks(int units, bool matrix_instructions) {
-  if (!matrix_instructions) return units == 8 ? 4 : units == 16 ? 2 : 1;
+  if (!matrix_instructions) return units == 8 ? 3 : units == 16 ? 2 : 1;
   return units == 8 ? 4 : units == 16 ? 3 : 2;
 }
 
