@@ -11,23 +11,20 @@
 
 namespace fusedreg::cuda {
 
-// Of a block: 8, 16 or 32, so that a warp holds whole rows of its cells.
-constexpr int kMostBackwardUnits = 32;
-
 // Chunks of W that a warp keeps in registers, 4 registers a thread for every 8 units, and chunks of da that are on
 // their way at a time, 8 registers each: as many as leave none to be spilled.
 FUSEDREG_HOST_DEVICE constexpr int backward_register_chunks(int units, bool matrix_instructions) {
-  if (matrix_instructions) return units == 32 ? 4 : 8;
+  if (matrix_instructions) return units == 32 ? 5 : 8;
   return units == 8 ? 8 : 4;
 }
 FUSEDREG_HOST_DEVICE constexpr int backward_chunks_ahead(int units, bool matrix_instructions) {
-  return matrix_instructions && units < 32 ? 8 : 4;
+  return !matrix_instructions ? 4 : units == 32 ? 5 : 8;
 }
 
 struct BackwardShape {
   bool clustered = false;
   int rows = 0;    // of a batch tile
-  int units = 0;   // of a block
+  int units = 0;   // of a block: 8, 16 or 32, so that a warp holds whole rows of its cells
   int blocks = 0;  // that share out the units
   int hidden_size = 0;
   int storage_bytes = 0;  // 2 or 4
