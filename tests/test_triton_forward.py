@@ -16,7 +16,7 @@ from helpers import REGULARIZERS
 from triton_switching import switching_programs
 
 import fusedreg
-from fusedreg.backends.triton import configurations, forward_loop, forward_persistent, forward_step, layer
+from fusedreg.backends.triton import configurations, forward_loop, forward_step, layer
 from fusedreg.layer import REVERSE
 from fusedreg.masks import masks
 from fusedreg.regularization import BatchNorm
@@ -184,7 +184,7 @@ def test_the_harness_finds_a_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     use_kernels(monkeypatch, persistent=True, programs=3)
-    monkeypatch.setattr(forward_persistent, "arrive", arrive)
+    monkeypatch.setattr(forward_step, "arrive", arrive)
     monkeypatch.setattr("triton_switching._MOST_TURNS", 300)
     with switching_programs(seed=1), pytest.raises(Exception, match="300 turns"):
         check(case_of("none", "plain", hidden_size=19))

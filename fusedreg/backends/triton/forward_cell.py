@@ -178,25 +178,30 @@ def begin_tile(
 
 
 @triton.jit
-def finish_tile(
-    s, argument, o, candidate, rows, units, valid, position, previous_hidden, previous_cell, zone_hidden, zone_cell,
-    output_mask, tensors, numbers, LAYER: tl.constexpr,
+def finish_states(
+    argument, o, candidate, previous_hidden, previous_cell, zone_hidden, zone_cell, output_mask, tensors,
+    LAYER: tl.constexpr,
 ):  # fmt: skip
-    """From ``N_c(candidate)`` to the new state and every result of the step."""
-    results = tensors.results
-    storage: tl.constexpr = results.output.dtype.element_ty
-    size: tl.constexpr = LAYER.hidden_size
+    """From ``N_c(candidate)`` to the new ``h``, rounded to the storage type, the new ``c``, and ``y``."""
     hidden, cell, hidden_candidate = finish_cell(
         argument, o, candidate, previous_hidden, previous_cell, zone_hidden, zone_cell
     )
-    hidden = rounded(hidden, storage)
+    hidden = rounded(hidden, tensors.results.output.dtype.element_ty)
     if LAYER.candidate_output:
         output = hidden_candidate
     else:
         output = hidden
     if LAYER.output_dropout or LAYER.dropout:
         output = output * output_mask
+    return hidden, cell, output
 
+
+@triton.jit
+def store_states(hidden, cell, output, rows, units, valid, position, tensors, numbers, LAYER: tl.constexpr):
+    """Write every result of the step, and the state that the next one finds."""
+    results = tensors.results
+    storage: tl.constexpr = results.output.dtype.element_ty
+    size: tl.constexpr = LAYER.hidden_size
     known = (units < size)[None, :]
     live = valid[:, None] & known
     inside = (rows < numbers.sizes.rows)[:, None] & known
@@ -207,10 +212,22 @@ def finish_tile(
     if results.cells is not None:
         tl.store(results.cells + at, tl.where(live, cell, 0.0), mask=inside)
     carried = (rows.to(tl.int64) * size)[:, None] + units[None, :]
-    stored = narrow(hidden, storage)
-    tl.store(results.final_hidden + carried, stored, mask=live)
+    tl.store(results.final_hidden + carried, narrow(hidden, storage), mask=live)
     tl.store(results.final_cell + carried, cell, mask=live)
-    publish((s + 1) % 2, stored, rows, units, valid, tensors, numbers, LAYER)
+
+
+@triton.jit
+def finish_tile(
+    s, argument, o, candidate, rows, units, valid, position, previous_hidden, previous_cell, zone_hidden, zone_cell,
+    output_mask, tensors, numbers, LAYER: tl.constexpr,
+):  # fmt: skip
+    """From ``N_c(candidate)`` to the new state and every result of the step."""
+    storage: tl.constexpr = tensors.results.output.dtype.element_ty
+    hidden, cell, output = finish_states(
+        argument, o, candidate, previous_hidden, previous_cell, zone_hidden, zone_cell, output_mask, tensors, LAYER
+    )
+    publish((s + 1) % 2, narrow(hidden, storage), rows, units, valid, tensors, numbers, LAYER)
+    store_states(hidden, cell, output, rows, units, valid, position, tensors, numbers, LAYER)
 
 
 @triton.jit

@@ -52,7 +52,6 @@ def persistent_kernel(
     while s < numbers.sizes.steps:
         if not IN_STAGES:
             step_of_units(s, units, first_row, last_row, arrivals, s * programs, tiles, tensors, numbers, LAYER, BLOCK)
-            arrive(arrivals)
         elif LAYER.norm == NORM_BATCH:
             wait_for(arrivals, s * programs)
             batch_step_of_units(s, units, tiles, tensors, numbers, LAYER, BLOCK)

@@ -17,12 +17,14 @@ import triton
 import triton.language as tl
 
 from fusedreg.backends.triton.forward_cell import (
-    begin_tile,
     draw_masks,
-    finish_tile,
+    finish_states,
+    keep_gates,
     load_states,
     load_terms,
+    publish,
     store_raw,
+    store_states,
     tile_order,
 )
 from fusedreg.backends.triton.forward_norm import (
@@ -32,8 +34,9 @@ from fusedreg.backends.triton.forward_norm import (
     store_moments,
     valid_rows,
 )
-from fusedreg.backends.triton.jit_grid import wait_for
-from fusedreg.backends.triton.jit_storage import dot
+from fusedreg.backends.triton.jit_cell import begin_cell
+from fusedreg.backends.triton.jit_grid import arrive, wait_for
+from fusedreg.backends.triton.jit_storage import dot, narrow
 from fusedreg.backends.triton.jit_tile import UNTIED
 
 
@@ -175,6 +178,7 @@ def step_of_units(
 
     Without a norm, or with one of the input's term alone; a batch norm in evaluation too, whose statistics are known.
     """
+    storage: tl.constexpr = tensors.results.output.dtype.element_ty
     eps = numbers.rates.eps
     known = units < LAYER.hidden_size
     if LAYER.norm_recurrent or LAYER.norm_cell:
@@ -191,6 +195,8 @@ def step_of_units(
         store_moments(s, tensors.results.cell_statistics, count, cell_mean, cell_var, units, known, LAYER.hidden_size)
         cell_scale = gain_over_deviation(cell_var, tensors.inputs.cell_gain, units, known, eps)
         cell_shift = parameter(tensors.inputs.cell_shift, units, known)
+    if BLOCK.persistent:
+        tl.debug_barrier()  # what one thread has stored of the last step's state another may load
     first = first_row
     while first < last_row:
         # Everything but the product is read and drawn before waiting for the other programs' h.
@@ -203,25 +209,34 @@ def step_of_units(
             if first == first_row:
                 wait_for(arrivals, target)
         a_i, a_f, a_g, a_o = recurrent_product(s, rows, units, valid & ~resets, tiles, tensors, numbers, LAYER, BLOCK)
-        if LAYER.norm != 0 and tensors.results.gates is not None:
-            store_raw(a_i, a_f, a_g, a_o, rows, units, valid, position, tensors, numbers, LAYER)
         if LAYER.norm_recurrent:
-            a_i = (a_i - mean_i[None, :]) * scale_i[None, :]
-            a_f = (a_f - mean_f[None, :]) * scale_f[None, :]
-            a_g = (a_g - mean_g[None, :]) * scale_g[None, :]
-            a_o = (a_o - mean_o[None, :]) * scale_o[None, :]
-        o, candidate = begin_tile(
-            a_i + z_i, a_f + z_f, a_g + z_g, a_o + z_o, rows, units, valid, position, previous_cell, update, cell,
-            tensors, numbers, LAYER,
-        )  # fmt: skip
+            z_i += (a_i - mean_i[None, :]) * scale_i[None, :]
+            z_f += (a_f - mean_f[None, :]) * scale_f[None, :]
+            z_g += (a_g - mean_g[None, :]) * scale_g[None, :]
+            z_o += (a_o - mean_o[None, :]) * scale_o[None, :]
+        else:
+            z_i += a_i
+            z_f += a_f
+            z_g += a_g
+            z_o += a_o
+        i, f, g, o, candidate = begin_cell(z_i, z_f, z_g, z_o, previous_cell, update, cell)
         argument = candidate
         if LAYER.norm_cell:
             argument = (candidate - cell_mean[None, :]) * cell_scale[None, :] + cell_shift[None, :]
-        finish_tile(
-            s, argument, o, candidate, rows, units, valid, position, previous_hidden, previous_cell,
-            zone_hidden, zone_cell, output, tensors, numbers, LAYER,
-        )  # fmt: skip
+        hidden, new_cell, output = finish_states(
+            argument, o, candidate, previous_hidden, previous_cell, zone_hidden, zone_cell, output, tensors, LAYER
+        )
+        publish((s + 1) % 2, narrow(hidden, storage), rows, units, valid, tensors, numbers, LAYER)
         first += BLOCK.rows
+        if BLOCK.persistent:
+            # The others wait for h alone: count this program in before everything else is written.
+            if first >= last_row:
+                arrive(arrivals)
+        store_states(hidden, new_cell, output, rows, units, valid, position, tensors, numbers, LAYER)
+        if LAYER.norm == 0:
+            keep_gates(i, f, g, o, rows, units, valid, position, tensors, numbers, LAYER)
+        elif tensors.results.gates is not None:
+            store_raw(a_i, a_f, a_g, a_o, rows, units, valid, position, tensors, numbers, LAYER)
 
 
 @triton.jit
