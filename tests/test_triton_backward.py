@@ -42,9 +42,9 @@ MODES: dict[str, dict[str, object]] = {
 
 def case_of(name: str, mode: str = "ragged", **changes: object) -> LayerCase:
     regularization = REGULARIZERS[name]
-    case = LayerCase(f"{name}-{mode}", steps=4, regularization=regularization)
+    case = LayerCase(f"{name}-{mode}", steps=3, regularization=regularization)
     if isinstance(regularization.norm, BatchNorm):
-        case = replace(case, rows=12, hidden_size=10)
+        case = replace(case, steps=4, rows=12, hidden_size=10)
     return replace(case, **{**MODES[mode], **changes})  # type: ignore[arg-type]
 
 
@@ -87,8 +87,7 @@ ALONE = [
     "zoneout_candidate",
     "candidate_dropped",
     "weight_row",
-    *BATCH_NORMS,
-    *LAYER_NORMS,
+    *(name for name in (*BATCH_NORMS, *LAYER_NORMS) if name.rpartition("_")[2] not in ("norm", "terms")),
 ]
 
 
