@@ -1,7 +1,7 @@
 """Which kernels a call gets, and with tiles of which size: a small table, and no tuning at run time.
 
 A persistent kernel runs the whole loop where its programs fit on the device at once; else each step is a kernel. A
-program owns the fewest units with which they fit: the more programs, the more of ``W_hh`` is held in registers.
+program owns the fewest units with which they fit: the more programs, the more of ``W_hh`` is held in shared memory.
 """
 
 from __future__ import annotations
