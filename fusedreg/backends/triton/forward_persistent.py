@@ -1,7 +1,7 @@
 """The persistent kernel of the forward: one cooperative launch for all steps, and the body that a step's kernels have.
 
-A program holds its units' rows of ``W_hh`` in shared memory where they fit. Between two steps it waits until the others of
-its group of rows have published their ``h``. Two halves of ``exchange`` are enough: who writes step ``s``'s half has
+A program holds its units' rows of ``W_hh`` in shared memory where they fit. Between two steps it waits until the others
+of its group of rows have published their ``h``. Two halves of ``exchange`` are enough: who writes step ``s``'s half has
 waited for everybody's step ``s - 1``, and so for everybody's last reading of what stood there, at that step's start.
 """
 
