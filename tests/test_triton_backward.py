@@ -17,7 +17,7 @@ import triton_support  # noqa: F401  # before the kernels
 from helpers import BATCH_NORMS, LAYER_NORMS, REGULARIZERS
 from triton_switching import switching_programs
 
-from fusedreg.backends.triton import backward_configuration, backward_loop, backward_persistent, configurations
+from fusedreg.backends.triton import backward_configuration, backward_loop, backward_step, configurations
 from fusedreg.layer import FORWARD, REVERSE
 from fusedreg.regularization import BatchNorm
 from fusedreg.testing import (
@@ -166,7 +166,7 @@ def test_the_harness_finds_a_missing_barrier(monkeypatch: pytest.MonkeyPatch) ->
         pass
 
     use_kernels(monkeypatch, persistent=True, programs=3)
-    monkeypatch.setattr(backward_persistent, "wait_for", wait_for)
+    monkeypatch.setattr(backward_step, "wait_for", wait_for)
     case = case_of("none", rows=5, hidden_size=20)
     with switching_programs(seed=1), pytest.raises(AssertionError, match="outside the error budget"):
         check(case)

@@ -53,13 +53,8 @@ def previous_cells(s, rows, units, position, resets, here, loop, saved, sizes, L
 
 
 @triton.jit
-def incoming(s, rows, units, position, here, grad_hidden, zone_hidden, zone_cell, output_mask, grads, sizes,
-             LAYER: tl.constexpr):  # fmt: skip
-    """From ``dh``, ``dc`` and what reaches ``y`` and ``c`` at this step, through zoneout.
-
-    Returns the previous ``h``'s share, the gradient of ``h_candidate``, the previous ``c``'s share, the gradient of
-    the candidate cell but for what comes through ``h_candidate``, and ``dc`` as it came.
-    """
+def arriving(s, rows, units, position, here, output_mask, grads, sizes, LAYER: tl.constexpr):
+    """What reaches ``h_s`` through ``y``; ``dc`` as the step after left it; the same with what reaches ``c_s``."""
     HIDDEN: tl.constexpr = LAYER.hidden_size
     at = (position.to(tl.int64) * sizes.rows + rows)[:, None] * HIDDEN + units[None, :]
     slot = ((s + 1) % 2).to(tl.int64) * sizes.rows * HIDDEN
@@ -68,9 +63,20 @@ def incoming(s, rows, units, position, here, grad_hidden, zone_hidden, zone_cell
     grad_cell = carried_cell
     if grads.cells is not None:
         grad_cell += tl.load(grads.cells + at, mask=here, other=0.0)
-    of_output = grad_hidden * 0.0
+    of_output = tl.zeros([rows.shape[0], units.shape[0]], tl.float32)
     if grads.output is not None:
         of_output = tl.load(grads.output + at, mask=here, other=0.0).to(tl.float32) * output_mask
+    return of_output, carried_cell, grad_cell
+
+
+@triton.jit
+def through_zones(grad_hidden, arrived, LAYER: tl.constexpr):
+    """``dh`` and ``dc`` through zoneout.
+
+    Returns the previous ``h``'s share, the gradient of ``h_candidate``, the previous ``c``'s share, the gradient of
+    the candidate cell but for what comes through ``h_candidate``, and ``dc`` as it came.
+    """
+    zone_hidden, zone_cell, of_output, carried_cell, grad_cell = arrived
     if LAYER.candidate_output:
         direct, grad_candidate = through_zone(zone_hidden, grad_hidden)
         grad_candidate += of_output
@@ -106,27 +112,25 @@ def store_gates(target, rows, units, position, dz, here, sizes, LAYER: tl.conste
 
 
 @triton.jit
-def enter_tile(s, rows, units, grad_hidden, of_batch, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
-               BLOCK: tl.constexpr):  # fmt: skip
-    """A tile from ``dh`` and ``dc`` to the edge of ``N_c``.
+def read_tile(s, rows, units, of_batch, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, BLOCK: tl.constexpr):
+    """Everything of a tile that does not wait for ``dh``.
 
     Returns three tuples: where its rows are (``valid, position, resets, here``); the cell (``i, f, g, o``, ``c_{s-1}``,
-    update mask, cell mask, candidate); the gradients (``direct``, of ``h_candidate``, of ``c_{s-1}`` by zoneout, of the
-    candidate cell, ``dc`` as it came).
+    update mask, cell mask, candidate); what arrives (both zones, and what :func:`arriving` returns).
     """
     valid, position, resets, here = step_tile(s, rows, units, loop, sizes, LAYER)
     key0, key1 = keys(loop)
     zone_hidden, zone_cell, update, cell_mask, output_mask = tile_masks(rows, units, position, key0, key1, rates, LAYER)
-    gradients = incoming(
-        s, rows, units, position, here, grad_hidden, zone_hidden, zone_cell, output_mask, grads, sizes, LAYER
-    )
+    of_output, carried, grad_cell = arriving(s, rows, units, position, here, output_mask, grads, sizes, LAYER)
     i = gate_value(0, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, BLOCK)
     f = gate_value(1, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, BLOCK)
     g = gate_value(2, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, BLOCK)
     o = gate_value(3, s, rows, units, valid, position, of_batch, here, loop, saved, sizes, rates, LAYER, BLOCK)
     previous = previous_cells(s, rows, units, position, resets, here, loop, saved, sizes, LAYER)
     candidate = candidate_cell(i, f, g, previous, update, cell_mask)
-    return (valid, position, resets, here), (i, f, g, o, previous, update, cell_mask, candidate), gradients
+    place = (valid, position, resets, here)
+    cell = (i, f, g, o, previous, update, cell_mask, candidate)
+    return place, cell, (zone_hidden, zone_cell, of_output, carried, grad_cell)
 
 
 @triton.jit

@@ -69,7 +69,7 @@ class Incoming(NamedTuple):
 def units_kernel(s, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One step of a program's units; -1 is what is left of the step after: the initial state's gradient."""
     numbers = restored_numbers(numbers)
-    units_stage(s, tl.program_id(0), tl.program_id(1), tensors, numbers, LAYER, BLOCK)
+    units_stage(s, tl.program_id(0), tl.program_id(1), None, 0, tensors, numbers, LAYER, BLOCK)
 
 
 @triton.jit(do_not_specialize=["s", "numbers"])

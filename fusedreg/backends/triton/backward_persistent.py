@@ -51,20 +51,19 @@ def persistent_kernel(  # type: ignore[no-untyped-def]
     while s >= last_step:
         tile = program
         while tile < unit_tiles * row_tiles:
-            units_stage(s, tile % unit_tiles, tile // unit_tiles, tensors, numbers, LAYER, BLOCK)
+            units_stage(s, tile % unit_tiles, tile // unit_tiles, arrivals, target, tensors, numbers, LAYER, BLOCK)
             tile += programs
-        target += together
         arrive(arrivals)
-        wait_for(arrivals, target)
+        target += together
         if BLOCK.norm == NORM_LAYER:
             if s >= 0:
+                wait_for(arrivals, target)
                 row_group = program
                 while row_group < row_groups:
                     rows_stage(s, row_group, tensors, numbers, LAYER, BLOCK)
                     row_group += programs
-                target += together
                 arrive(arrivals)
-                wait_for(arrivals, target)
+                target += together
         s -= 1
 
 

@@ -21,21 +21,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedreg.backends.triton.backward_cell import enter_tile, leave_tile, pass_on, step_tile, store_gates
+from fusedreg.backends.triton.backward_cell import leave_tile, pass_on, read_tile, step_tile, store_gates, through_zones
 from fusedreg.backends.triton.backward_norm import averaged_rows, cell_term, recurrent_term
 from fusedreg.backends.triton.backward_product import hidden_gradient, keep_hidden_gradient
 from fusedreg.backends.triton.jit_cell import leave_output
+from fusedreg.backends.triton.jit_grid import wait_for
 from fusedreg.backends.triton.jit_storage import narrow
 from fusedreg.backends.triton.jit_tile import NORM_BATCH, NORM_LAYER
 
 
 @triton.jit
-def plain_tile(s, rows, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, BLOCK: tl.constexpr):
-    """A step of a tile without a norm: the product, the cell and ``da`` in one go."""
+def wait_for_others(arrivals, target):
+    """In the persistent kernel, until the step after is written; a kernel of a step was launched after it."""
+    if arrivals is not None:
+        wait_for(arrivals, target)
+
+
+@triton.jit
+def plain_tile(s, rows, units, arrivals, target, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
+               BLOCK: tl.constexpr):  # fmt: skip
+    """A step of a tile without a norm: the product, the cell and ``da`` in one go.
+
+    Reads what was saved, and draws its masks, while it waits for the others.
+    """
+    place, cell, arrived = read_tile(s, rows, units, s * 0, loop, saved, grads, sizes, rates, LAYER, BLOCK)
+    wait_for_others(arrivals, target)
     grad_hidden = hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
-    place, cell, gradients = enter_tile(
-        s, rows, units, grad_hidden, s * 0, loop, saved, grads, sizes, rates, LAYER, BLOCK
-    )
+    gradients = through_zones(grad_hidden, arrived, LAYER)
     valid, position, resets, here = place
     direct, grad_output, grad_previous, grad_candidate, carried = gradients
     grad_argument, grad_o = leave_output(cell[7], cell[3], grad_output)
@@ -59,9 +71,8 @@ def argument_tile(s, rows, units, of_batch, loop, saved, grads, sizes, rates, LA
                   BLOCK: tl.constexpr):  # fmt: skip
     """A tile up to the gradient of ``N_c``'s result, before its averages are known."""
     grad_hidden = kept_hidden_gradient(rows, units, grads, sizes, LAYER)
-    place, cell, gradients = enter_tile(
-        s, rows, units, grad_hidden, of_batch, loop, saved, grads, sizes, rates, LAYER, BLOCK
-    )
+    place, cell, arrived = read_tile(s, rows, units, of_batch, loop, saved, grads, sizes, rates, LAYER, BLOCK)
+    gradients = through_zones(grad_hidden, arrived, LAYER)
     normalised, argument, gain, scale = cell_term(
         cell[7], s, rows, units, place[0], place[1], of_batch, place[3], loop, saved, sizes, rates, LAYER
     )
@@ -232,20 +243,27 @@ def add_to_sums(target, rows, units, offset, values, sizes, HIDDEN: tl.constexpr
 
 
 @triton.jit
-def units_stage(s, unit_tile, row_tile, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):
-    """A step of one tile, or with a norm in the loop its first stage (layer norm) or all of it (batch norm)."""
-    loop, saved, grads = tensors.inputs, tensors.saved, tensors.grads
+def units_stage(s, unit_tile, row_tile, arrivals, target, tensors, numbers, LAYER: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """A step of one tile, or with a norm in the loop its first stage (layer norm) or all of it (batch norm).
+
+    Waits until ``arrivals`` counts ``target`` before it reads what others wrote; ``None``: it stands already.
+    """
+    loop, saved, grads, sizes, rates = tensors.inputs, tensors.saved, tensors.grads, numbers.sizes, numbers.rates
     units = unit_tile * BLOCK.units + tl.arange(0, BLOCK.units)
     rows = row_tile * BLOCK.rows + tl.arange(0, BLOCK.rows)
     if BLOCK.norm == NORM_BATCH:
-        batch_units(s, units, loop, saved, grads, numbers.sizes, numbers.rates, LAYER, BLOCK)
+        wait_for_others(arrivals, target)
+        batch_units(s, units, loop, saved, grads, sizes, rates, LAYER, BLOCK)
     elif BLOCK.norm == NORM_LAYER:
-        keep_hidden_gradient(s, rows, units, loop, grads, numbers.sizes, numbers.rates, LAYER, BLOCK)
+        wait_for_others(arrivals, target)
+        keep_hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
     else:
         if s >= 0:
-            plain_tile(s, rows, units, loop, saved, grads, numbers.sizes, numbers.rates, LAYER, BLOCK)
+            plain_tile(s, rows, units, arrivals, target, loop, saved, grads, sizes, rates, LAYER, BLOCK)
         else:
-            keep_hidden_gradient(s, rows, units, loop, grads, numbers.sizes, numbers.rates, LAYER, BLOCK)
+            wait_for_others(arrivals, target)
+            keep_hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
 
 
 @triton.jit
