@@ -40,7 +40,8 @@ class PersistentForward {
   using Storage = typename Mode::Storage;
   static constexpr int kColumns = 4 * U;
   static constexpr int kRegisterChunks = forward_register_chunks(U, Mode::kMatrixInstructions);
-  using Product = ResidentProduct<Mode, kColumns / 8, kRegisterChunks>;
+  static constexpr int kChunksAhead = forward_chunks_ahead(U, Mode::kMatrixInstructions);
+  using Product = ResidentProduct<Mode, kColumns / 8, kRegisterChunks, kChunksAhead>;
   using Source = std::conditional_t<kClustered, SharedSource, GlobalSource>;
   using Block = ForwardBlock<U>;
   using Cell = ForwardCell<U>;

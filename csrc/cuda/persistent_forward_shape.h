@@ -15,7 +15,11 @@ namespace fusedreg::cuda {
 // without matrix instructions reads W seldom (once for 16 rows), and needs the registers for its sums.
 FUSEDREG_HOST_DEVICE constexpr int forward_register_chunks(int units, bool matrix_instructions) {
   if (!matrix_instructions) return units == 8 ? 3 : units == 16 ? 2 : 1;
-  return units == 8 ? 4 : units == 16 ? 3 : 2;
+  return units == 32 ? 2 : 4;
+}
+// Chunks of h that are on their way at a time, at 8 registers a thread each.
+FUSEDREG_HOST_DEVICE constexpr int forward_chunks_ahead(int units, bool matrix_instructions) {
+  return matrix_instructions && units == 16 ? 2 : forward_register_chunks(units, matrix_instructions);
 }
 
 struct ForwardShape {

@@ -194,12 +194,15 @@ class Search {
       return candidate.shared_bytes <= limit;
     }
     // As many rows a pass as there is room for: each pass costs two barriers.
-    const int all = rows == 0 ? kTileRows : static_cast<int>(rounded_up(rows, kTileRows));
-    for (candidate.rows_per_pass = all; candidate.rows_per_pass > 0; candidate.rows_per_pass -= kTileRows) {
-      candidate.shared_bytes = ForwardRoom(forward_shape(in_, candidate)).bytes;
-      if (candidate.shared_bytes <= limit) return true;
+    candidate.rows_per_pass = kTileRows;
+    candidate.shared_bytes = ForwardRoom(forward_shape(in_, candidate)).bytes;
+    if (candidate.shared_bytes > limit) return false;
+    const size_t more = ProductSizes::partial_bytes(4 * candidate.units_per_block, kTileRows);
+    while (candidate.rows_per_pass < rows && candidate.shared_bytes + more <= limit) {
+      candidate.rows_per_pass += kTileRows;
+      candidate.shared_bytes += more;
     }
-    return false;
+    return true;
   }
 
   size_t fragment_bytes(const Choice& candidate) const {
