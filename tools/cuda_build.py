@@ -201,7 +201,7 @@ def _readable(names: list[str]) -> list[str]:
         return names
     answer = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     plain = (re.sub(r"\(anonymous namespace\)::|fusedreg::(cuda::)?|^void ", "", name) for name in answer.splitlines())
-    return [re.sub(r"\((?:const )?[\w:]+\)$", "", name) for name in plain]
+    return [re.sub(r"\([^()]*\)$", "", name) for name in plain]
 
 
 def register_report(folder: Path = OBJECTS) -> list[KernelReport]:
