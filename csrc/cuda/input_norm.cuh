@@ -45,7 +45,7 @@ FUSEDREG_DEVICE void for_each_row_of_step(const LayerInputs& in, int64_t s, cons
   }
 }
 
-// A sum in groups: term() is called once for each of the rows that `each` visits.
+// A sum of many terms, in groups.
 template <class Compute>
 struct GroupedSum {
   Compute total = 0, group = 0;

@@ -1,7 +1,7 @@
 // N_r, the norm of the input terms: of all steps at once, before the loop, and on the way back after it.
 //
 // Batch norm takes the statistics of each processed step over the rows that reach it, or of all steps together; layer
-// norm those of each row over its 4H values. semantics: N_r has a gain; layer norm's shift is part of the bias.
+// norm those of each row over its 4H values. N_r has a gain alone: layer norm's shift is part of the bias.
 #pragma once
 
 #include <cstddef>
