@@ -3,9 +3,9 @@
 // A block owns the four gates of `units` units for every row of its batch tile. It carries their dh and dc in shared
 // memory and holds the matching columns of W_hh for the whole sequence (resident_product.cuh). At a step:
 //
-//   1. cells: from dh, dc and the gradient of y through zoneout and tanh, through N_c, to dz
-//   (persistent_backward_cell.cuh).
-//   2. da from dz, through N_a, is published to the other blocks; while it travels, the next step's masks are drawn.
+//   1. cells: from dh, dc and the gradient of y through zoneout, tanh and N_c to dz (persistent_backward_cell.cuh).
+//   2. da, which is dz through N_a, is published to the other blocks; while it travels, it is written to the results,
+//      the next step's masks are drawn, and what that step reads is fetched.
 //   3. dh_{s-1} = m_h (da W_hh) + zoneout's share, from everybody's da.
 //
 // A thread has the same cells in all of this, and always of one unit: what only it writes and reads needs no barrier.
@@ -44,10 +44,11 @@ class PersistentBackward {
     sync_block();
     for (int s = longest - 1; s >= 0; --s) {
       cells_.step(s, exchange_);
-      if (s == 0 && cells_.loop.grad_initial_hidden == nullptr) break;
-      exchange_.publish(params_.shared<char>(params_.room.staged));
+      const bool wanted = s > 0 || cells_.loop.grad_initial_hidden != nullptr;
+      if (wanted) exchange_.publish(params_.shared<char>(params_.room.staged));
+      cells_.write_results(s);
       cells_.prepare(s - 1);
-      to_hidden(s);
+      if (wanted) to_hidden(s);
     }
     cells_.write_initial();
   }

@@ -51,8 +51,8 @@ class BackwardCells : public BackwardBlock<typename Mode::Storage, NT * 8> {
     });
   }
 
-  // Steps 1 and 2 of persistent_backward.cuh, after prepare(s): leaves da in `staged` and in the results, and zoneout's
-  // and the forget gate's shares in dh and dc.
+  // Steps 1 and 2 of persistent_backward.cuh, after prepare(s): leaves da in `staged`, and zoneout's and the forget
+  // gate's shares in dh and dc.
   FUSEDREG_DEVICE void step(int s, Exchange& exchange) {
     float over_rows[8] = {}, cell_means[2] = {};  // batch norm: of this thread's unit
     if (shape_.norm_cell) {
@@ -85,6 +85,19 @@ class BackwardCells : public BackwardBlock<typename Mode::Storage, NT * 8> {
     sums_.template finish<8>(over_rows, this->count_, exchange);
     for_each_cell(0, shape_.rows, s, [&](const Cell& cell) {
       if (cell.runs) leave_recurrent_norm(cell, over_rows);
+    });
+  }
+
+  // Writes da of step s, once it is published: the release of the block's flag waits for all stores before it.
+  FUSEDREG_DEVICE void write_results(int s) const {
+    if constexpr (kStagedIsRounded) return;
+    for_each_cell(0, shape_.rows, s, [&](const Cell& cell) {
+      if (!cell.runs) return;
+      Storage* const to = static_cast<Storage*>(loop.grad_recurrent) + cell.at * 4 * in.hidden_size + cell.unit;
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) {
+        to[gate * in.hidden_size] = staged()[this->staged_index(cell, gate)];
+      }
     });
   }
 
@@ -229,12 +242,18 @@ class BackwardCells : public BackwardBlock<typename Mode::Storage, NT * 8> {
     write_recurrent(cell, da);
   }
 
+  // What is published stands in `staged` in the results' type, from where write_results() takes it; but for TF32, where
+  // the results are not rounded.
+  static constexpr bool kStagedIsRounded = Mode::kMatrixInstructions && sizeof(Storage) == 4;
+
   FUSEDREG_DEVICE void write_recurrent(const Cell& cell, const float (&da)[4]) const {
-    write_gates(static_cast<Storage*>(loop.grad_recurrent), cell.at, in.hidden_size, cell.unit, da);
-    Storage* const staged = params_.template shared<Storage>(params_.room.staged);
+    if constexpr (kStagedIsRounded) {
+      write_gates(static_cast<Storage*>(loop.grad_recurrent), cell.at, in.hidden_size, cell.unit, da);
+    }
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) staged[this->staged_index(cell, gate)] = exchanged<Mode>(da[gate]);
+    for (int gate = 0; gate < 4; ++gate) staged()[this->staged_index(cell, gate)] = exchanged<Mode>(da[gate]);
   }
+  FUSEDREG_DEVICE Storage* staged() const { return params_.template shared<Storage>(params_.room.staged); }
 
   FUSEDREG_DEVICE void write_padding(const Cell& cell) const {
     const int64_t H = in.hidden_size, at = cell.at * H + cell.unit;

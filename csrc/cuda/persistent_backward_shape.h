@@ -18,7 +18,8 @@ FUSEDREG_HOST_DEVICE constexpr int backward_register_chunks(int units, bool matr
   return units == 8 ? 8 : 4;
 }
 FUSEDREG_HOST_DEVICE constexpr int backward_chunks_ahead(int units, bool matrix_instructions) {
-  return !matrix_instructions ? 4 : units == 32 ? 5 : 8;
+  if (matrix_instructions) return units == 32 ? 5 : 8;
+  return units == 32 ? 2 : 4;
 }
 
 struct BackwardShape {
