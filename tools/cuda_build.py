@@ -127,7 +127,8 @@ def cuda_plan(torch: Torch, compiler: Compiler) -> Plan:
     nvcc = nvcc_compiler(compiler)
     kernels = [Unit(path, path.stem, kernel_flags(), nvcc, PTXAS_LOG) for path in sorted(SOURCES.glob("*.cu"))]
     hosts = [Unit(path, f"{path.stem}_host") for path in sorted(SOURCES.glob("*.cpp"))]
-    link = ["-shared", "--cudart", "static", f"-L{torch.library}"]
+    # By way of the linker alone: nvcc would write the folder into the file.
+    link = ["-shared", "--cudart", "static", "-Xlinker", f"-L{torch.library}"]
     for option in ("--no-as-needed", "-ltorch", "-ltorch_cpu", "-z", "relro", "-z", "now", "--exclude-libs", "ALL"):
         link += ["-Xlinker", option]
     return Plan(
