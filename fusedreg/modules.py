@@ -43,7 +43,8 @@ class LSTM(Refusals, nn.Module):
             zoneout_cell, gate_masks, update_mask, weight_mask, zoneout_output, norm: see
             :class:`~fusedreg.Regularization`.
         recompute: keep only states for the backward, about a third of the memory, and recompute the gates there.
-        backend: ``"auto"``, or one by name, which then either runs or raises: ``"cpu"``, ``"reference"``.
+        backend: ``"auto"``, or one by name, which then either runs or raises: ``"cpu"``, ``"cuda"``, ``"triton"``,
+            ``"reference"``. See :func:`fusedreg.backends.explain`.
 
     Attributes:
         regularization: what is in force; may be replaced at any time by one with the same ``norm``.
