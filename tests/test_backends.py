@@ -258,3 +258,20 @@ def test_collect_env_lists_all() -> None:
     facts = collect_env.collect()
     for name in OPERATORS:
         assert facts[f"backend {name}"].startswith(("available", "not available: "))
+
+
+def test_either_way_of_allowing_tf32_is_understood() -> None:
+    """In a process of its own: once the newer setting is used, torch refuses to answer by the older one."""
+    code = """
+import torch
+from fusedreg.backends.common import allows_tf32
+assert not allows_tf32()
+torch.set_float32_matmul_precision("high")
+assert allows_tf32()
+torch.set_float32_matmul_precision("highest")
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+assert allows_tf32()
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+assert not allows_tf32()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

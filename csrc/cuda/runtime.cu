@@ -33,11 +33,20 @@ int attribute(cudaDeviceAttr which, const char* what) {
   return value;
 }
 
+// To the most that a block can have, and not to what this launch needs: threads that launch one kernel with other
+// shapes must not lower each other's limit between here and the launch.
 void raise_limits(const void* kernel, const std::string& name, size_t shared_bytes, int cluster) {
   const size_t without_asking = 48 * 1024, portable_cluster = 8;
   if (shared_bytes > without_asking) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          name + ": asking for " + std::to_string(shared_bytes) + " bytes of shared memory a block");
+    const int most =
+        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "asking for the shared memory a block can have");
+    if (shared_bytes > static_cast<size_t>(most)) {
+      throw std::runtime_error("CUDA: " + name + ": a block needs " + std::to_string(shared_bytes) +
+                               " bytes of shared memory, and this device has " + std::to_string(most) +
+                               " of them. Choose another tier.");
+    }
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+          name + ": asking for " + std::to_string(most) + " bytes of shared memory a block");
   }
   if (cluster > static_cast<int>(portable_cluster)) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),

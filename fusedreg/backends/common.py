@@ -54,3 +54,11 @@ def without_kernel(dtype: torch.dtype, *, proj_size: int, process_group: bool) -
     if process_group:
         return "BatchNorm(process_group=...): these kernels take statistics within one process"
     return None
+
+
+def allows_tf32() -> bool:
+    """Whether torch allows TF32 in float32 products on a GPU, by either of its ways of setting it."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch.backends.cuda.matmul.fp32_precision has been used, and is what counts then
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

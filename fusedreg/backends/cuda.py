@@ -13,7 +13,7 @@ import torch
 
 from fusedreg._version import __version__
 from fusedreg.backends import cpu
-from fusedreg.backends.common import Availability, without_kernel
+from fusedreg.backends.common import Availability, allows_tf32, without_kernel
 
 if TYPE_CHECKING:
     from fusedreg.regularization import Regularization
@@ -184,7 +184,7 @@ def plan(
     options = regularization.layer_options(0, 1, 0, training, False, False)
     rates, flags, _ = encode_options(options, SAVE_GATES)
     sizes = [steps, batch_size, input_size, hidden_size]
-    tf32 = torch.get_float32_matmul_precision() != "highest"
+    tf32 = allows_tf32()
     arguments = (sizes, _SCALAR_TYPES[dtype], rates, flags, tf32, list(limits))
     if device is None:
         return str(torch.ops.fusedreg._cuda_plan(*arguments))

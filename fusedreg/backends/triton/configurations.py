@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from triton import knobs
 
+from fusedreg.backends.common import allows_tf32
 from fusedreg.backends.triton.layout import UNTIED, Layer
 from fusedreg.encoding import NORM_BATCH, NORM_LAYER
 
@@ -92,7 +93,7 @@ def whole_rows(rows: int) -> int:
 
 def product_precision(dtype: torch.dtype) -> str:
     """Triton's ``input_precision``: TF32 only where torch may use it for float32 products too."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    exact = dtype != torch.float32 or not allows_tf32()
     return "ieee" if exact else "tf32"
 
 
