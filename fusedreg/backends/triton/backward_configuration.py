@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedreg.backends.triton import configurations
-from fusedreg.backends.triton.configurations import power_of_two, product_precision
+from fusedreg.backends.triton.configurations import power_of_two, product_precision, product_stages
 from fusedreg.backends.triton.layout import Layer
 from fusedreg.encoding import NORM_BATCH, NORM_LAYER, NORM_NONE
 
@@ -15,8 +15,6 @@ from fusedreg.encoding import NORM_BATCH, NORM_LAYER, NORM_NONE
 _WHOLE_ROWS_ELEMENTS = 1024
 # Elements of a tile that four warps can hold in registers through a whole step.
 _FEW_ELEMENTS = 1024
-# Shared memory that the compiler needs for itself: sums, and values that change their layout.
-_SPARE_BYTES = 16 * 1024
 
 
 class BackwardBlock(NamedTuple):
@@ -81,12 +79,13 @@ def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | 
         persistent=int(persistent),
         precision=precision,
     )
+    tile_bytes = (block.rows + block.units) * block.columns * dtype.itemsize
     return BackwardConfiguration(
         block,
         unit_tiles,
         row_tiles,
         programs=min(tiles, present),
-        launch={"num_warps": _warps(block), "num_stages": _stages(block, dtype, limits.shared_bytes)},
+        launch={"num_warps": _warps(block), "num_stages": product_stages(tile_bytes, limits.shared_bytes)},
         rows_launch={"num_warps": min(16, max(1, block.whole_rows * wide // 128))},
     )
 
@@ -96,12 +95,6 @@ def _warps(block: BackwardBlock) -> int:
     if block.norm == NORM_LAYER and block.persistent and block.whole_rows * block.wide >= _WHOLE_ROWS_ELEMENTS:
         return 8
     return 8 if block.rows * block.units > (_FEW_ELEMENTS // 2 if block.norm == NORM_BATCH else _FEW_ELEMENTS) else 4
-
-
-def _stages(block: BackwardBlock, dtype: torch.dtype, shared_bytes: int) -> int:
-    """How many of a product's tiles are on their way at once: three, or what the shared memory holds."""
-    tile = (block.rows + block.units) * block.columns * dtype.itemsize
-    return max(1, min(3, (shared_bytes - _SPARE_BYTES) // tile))
 
 
 def _columns(dtype: torch.dtype, precision: str, elements: int) -> int:

@@ -145,8 +145,19 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
         groups=-(-tiles // tiles_per_group),
         rows_per_group=tiles_per_group * tile_rows,
         warps=warps,
-        stages=1 if resident else 3,
+        stages=1 if resident else product_stages(_stage_bytes(layer, block), limits.shared_bytes),
     )
+
+
+def product_stages(tile_bytes: int, shared_bytes: int) -> int:
+    """How many of a product's tiles are on their way at once: three, or what the shared memory holds."""
+    return max(1, min(3, (shared_bytes - _SPARE_BYTES) // tile_bytes))
+
+
+def _stage_bytes(layer: Layer, block: Block) -> int:
+    """A tile of ``h``, one a gate where its masks are untied, and one of ``W_hh`` for all four gates."""
+    copies = 4 if layer.flags.hidden_dropout == UNTIED else 1
+    return (block.rows * copies + 4 * block.units) * block.columns * layer.tensors.weight_hh.dtype.itemsize
 
 
 def _columns(layer: Layer, rows: int, units: int, precision: str, limits: Device | None) -> tuple[int, bool]:
