@@ -33,15 +33,21 @@ def from_torch(cls: type[_Module], module: nn.LSTM, options: Mapping[str, Any]) 
             f"module: expected a torch.nn.LSTM, got {type(module).__name__}; a state_dict loads with load_state_dict"
         )
     _check_plain(module, "module")
+    result = without_weights(cls, module, options)
+    _copy_weights(module, result)
+    return result
+
+
+def without_weights(cls: type[_Module], module: nn.LSTM, options: Mapping[str, Any]) -> _Module:
+    """What :meth:`fusedreg.LSTM.from_torch` makes, before the weights, which hold anything; ``module`` is only read."""
     arguments = {name: getattr(module, name) for name in _HYPERPARAMETERS}
     if "regularization" in options and options["regularization"] is not None and options["regularization"].dropout:
         del arguments["dropout"]
-    weight: Tensor = module.weight_ih_l0  # type: ignore[assignment]
+    stored = next(module.parameters())  # and not by name: reading a parametrised weight computes it
     # On "meta" nothing is drawn, so that a conversion does not move torch's generator.
-    result = cls(**{**arguments, **options}, device="meta", dtype=weight.dtype)
-    result.to_empty(device=weight.device)
+    result = cls(**{**arguments, **options}, device="meta", dtype=stored.dtype)
+    result.to_empty(device=stored.device)
     result.reset_norm()
-    _copy_weights(module, result)
     return result.train(module.training)
 
 

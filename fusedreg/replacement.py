@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, transfer_parametrizations_and_params
 
+from fusedreg.conversion import without_weights
 from fusedreg.modules import LSTM
 
 # Everything through which a program watches or alters a module from outside. The dictionaries themselves move, so
@@ -115,7 +116,7 @@ def replace_lstms(
             refused[name] = reason
         elif id(module) not in made:
             try:
-                made[id(module)] = _shell(module, own)
+                made[id(module)] = without_weights(LSTM, module, own)
             except (ValueError, TypeError) as error:
                 refused[name] = str(error)
     if refused:
@@ -151,29 +152,37 @@ def _reason_against(module: nn.LSTM) -> str | None:
     return None
 
 
-def _shell(module: nn.LSTM, options: Mapping[str, Any]) -> LSTM:
-    """The replacement without the weights: what can fail, fails here, before anything is changed."""
-    regularization = options.get("regularization")
-    arguments = {
-        name: getattr(module, name)
-        for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional", "proj_size")
-    }
-    if regularization is None or not regularization.dropout:
-        arguments["dropout"] = module.dropout
-    weight = module.weight_ih_l0
-    assert isinstance(weight, torch.Tensor)
-    result = LSTM(**{**arguments, **options}, device="meta", dtype=weight.dtype)
-    result.to_empty(device=weight.device)
-    result.reset_norm()
-    return result.train(module.training)
-
-
 def _move(module: nn.LSTM, result: LSTM) -> None:
     """Hand the parameters, parametrisations and hooks over."""
     for name in module._parameters:
         result._parameters[name] = module._parameters[name]
     if is_parametrized(module):
-        transfer_parametrizations_and_params(module, result)
+        _move_parametrizations(module, result)
     for name in _HOOKS:
         if name in module.__dict__:
             result.__dict__[name] = module.__dict__[name]
+
+
+def _move_parametrizations(module: nn.LSTM, result: LSTM) -> None:
+    """Hand the parametrisations over as they are.
+
+    Registering one runs it both ways, and some keep what they saw (a power iteration, a base): so it runs on the
+    weight's present value, in evaluation, and what it keeps is put back afterwards.
+    """
+    parametrizations = module.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    parts = list(parametrizations.modules())
+    modes = [part.training for part in parts]
+    kept = [
+        {name: (value, value.clone()) for name, value in part._buffers.items() if value is not None} for part in parts
+    ]
+    parametrizations.eval()
+    for name in parametrizations:
+        value: torch.Tensor = getattr(module, name)
+        result._parameters[name] = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+    transfer_parametrizations_and_params(module, result)
+    for part, training, buffers in zip(parts, modes, kept, strict=True):
+        part.training = training
+        for name, (buffer, value) in buffers.items():
+            part._buffers[name] = buffer.copy_(value)
+    result.train(module.training)
