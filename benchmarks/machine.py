@@ -45,7 +45,7 @@ def commit() -> str:
         head = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
         # Results are written by the run itself, so they do not make its sources dirty.
         changed = subprocess.run(
-            [*command, "status", "--porcelain", "--", ".", ":!benchmarks/results"],
+            [*command, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!examples/results"],
             capture_output=True,
             text=True,
             check=True,
