@@ -8,7 +8,7 @@ Example:
 
 from __future__ import annotations
 
-from fusedreg import backends, checkpoints, functional, initialization, truncated
+from fusedreg import backends, checkpoints, functional, initialization, training, truncated
 from fusedreg._version import __version__
 from fusedreg.functional import LSTMResult, LSTMResultWithCells
 from fusedreg.masks import masks
@@ -31,5 +31,6 @@ __all__ = [
     "initialization",
     "masks",
     "replace_lstms",
+    "training",
     "truncated",
 ]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from fusedreg.presets import Presets
+
 if TYPE_CHECKING:
     from fusedreg.layer import LayerOptions
 
@@ -226,12 +228,13 @@ def _check_terms(kind: str, input: object, recurrent: object, cell: object) -> N
 
 
 @dataclass(frozen=True)
-class Regularization(_Immutable):
+class Regularization(Presets, _Immutable):
     """Every regulariser of an LSTM, as one value. All off by default, which is exactly :class:`torch.nn.LSTM`.
 
     A rate is the probability of *dropping* (of zoning out), in [0, 1): one number, or a sequence with one number
     a layer. "Inverted" means that what is kept is scaled by 1/(1-p) in training, and that nothing happens in
-    evaluation. Each layer and direction draws masks of its own, anew at each call.
+    evaluation. Each layer and direction draws masks of its own, anew at each call. Published settings are class
+    methods: :meth:`awd_lstm`, :meth:`gal` and the others of :mod:`fusedreg.presets`.
 
     Args:
         dropout: between layers, a new mask each step, inverted (Zaremba et al. 2014; ``nn.LSTM``'s). A sequence

@@ -15,7 +15,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 __all__ = ["Piece", "detach", "pieces", "reset_rows"]
 
-State = TypeVar("State", Tensor, tuple[Tensor, Tensor], None)
+State = TypeVar("State", Tensor, tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]], None)
 
 
 class Piece(NamedTuple):
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
 def pieces(
     input: Tensor,
-    steps: int,
+    steps: int | Callable[[], int],
     *,
     lengths: Tensor | Sequence[int] | None = None,
     reset: Tensor | None = None,
@@ -53,7 +53,7 @@ def pieces(
 
     Args:
         input: ``(T, B, I)``, ``(B, T, I)`` with ``batch_first``, or ``(T, I)``.
-        steps: of a piece, at least 1.
+        steps: of a piece, at least 1; or a function that gives the next piece's.
         lengths: ``(B,)`` of the whole sequence.
         reset: bool, of the whole sequence: the input's shape without its features.
         batch_first: the input's layout; not for an unbatched input.
@@ -62,7 +62,8 @@ def pieces(
         The pieces in order; views of ``input`` and ``reset``.
 
     Raises:
-        ValueError: ``steps`` below 1, or a ``reset`` of another shape. TypeError: ``steps`` is not an int.
+        ValueError: ``steps`` below 1, or a ``reset`` of another shape. TypeError: ``steps`` is not an int. What a
+            function gives is checked when its piece is cut.
 
     Example:
         >>> import torch
@@ -70,10 +71,8 @@ def pieces(
         >>> [(piece.start, len(piece.input)) for piece in truncated.pieces(torch.zeros(8, 2, 3), 3)]
         [(0, 3), (3, 3), (6, 2)]
     """
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps: expected an int, got {steps!r} of type {type(steps).__name__}")
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
+    if not callable(steps):
+        _check_steps(steps)
     if reset is not None and reset.shape != input.shape[:-1]:
         raise ValueError(
             f"reset: expected shape {tuple(input.shape[:-1])}, the input's without its features, got "
@@ -84,22 +83,35 @@ def pieces(
     return _cut(input, steps, axis, whole, reset)
 
 
-def _cut(input: Tensor, steps: int, axis: int, lengths: Tensor | None, reset: Tensor | None) -> Iterator[Piece]:
-    for start in range(0, input.shape[axis], steps):
-        count = min(steps, input.shape[axis] - start)
+def _check_steps(steps: object) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps: expected an int, got {steps!r} of type {type(steps).__name__}")
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+    return steps
+
+
+def _cut(
+    input: Tensor, steps: int | Callable[[], int], axis: int, lengths: Tensor | None, reset: Tensor | None
+) -> Iterator[Piece]:
+    start = 0
+    while start < input.shape[axis]:
+        count = min(_check_steps(steps()) if callable(steps) else steps, input.shape[axis] - start)
         yield Piece(
             start,
             input.narrow(axis, start, count),
             None if lengths is None else (lengths - start).clamp(0, count),
             None if reset is None else reset.narrow(axis, start, count),
         )
+        start += count
 
 
 def detach(state: State) -> State:
     """The same state, through which no gradient passes: where a piece begins. ``None``, the zero state, stays.
 
     Args:
-        state: ``(h, c)`` as an LSTM returns it, one of its tensors, or ``None``.
+        state: ``(h, c)`` as an LSTM returns it, one of its tensors, a list of such pairs (the layers of a model), or
+            ``None``.
 
     Example:
         >>> import torch
@@ -111,6 +123,8 @@ def detach(state: State) -> State:
         return None
     if isinstance(state, Tensor):
         return state.detach()
+    if isinstance(state, list):
+        return [detach(pair) for pair in state]
     hidden, cell = state
     return hidden.detach(), cell.detach()
 
@@ -122,7 +136,7 @@ def reset_rows(state: State, rows: Tensor) -> State:
     LSTM's own ``reset``.
 
     Args:
-        state: ``(h, c)`` of shapes ``(L * D, B, ·)``, one of them, or ``None``.
+        state: ``(h, c)`` of shapes ``(L * D, B, ·)``, one of them, a list of such pairs, or ``None``.
         rows: ``(B,)`` bool, true for the rows to reset.
 
     Raises:
@@ -138,6 +152,8 @@ def reset_rows(state: State, rows: Tensor) -> State:
         return None
     if rows.dtype != torch.bool:
         raise TypeError(f"rows: expected a bool tensor, true for the rows to reset, got {rows.dtype}")
+    if isinstance(state, list):
+        return [reset_rows(pair, rows) for pair in state]
     if not isinstance(state, Tensor):
         hidden, cell = state
         return reset_rows(hidden, rows), reset_rows(cell, rows)
