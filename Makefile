@@ -3,6 +3,7 @@
 #   make bench      the CPU benchmark, ending with a character model on real text (about five minutes)
 #   make test       the tests
 #   make lint       ruff, mypy, clang-format
+#   make docs       the documentation site, into build/site
 #   make sanitize   the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #   make mutate     the CUDA kernels under the emulator, with each barrier and fence removed in turn (minutes)
 #   make gpu        on a machine with an NVIDIA GPU: builds, tests on it, benchmarks, writes build/gpu/results.json
@@ -58,7 +59,7 @@ WITH_CUDA := $(filter-out 0 off false no,$(or $(filter-out auto,$(FUSEDREG_CUDA)
 FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp tests/native/*.h)
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help build test lint bench gpu sanitize mutate registers format clean
+.PHONY: help build test lint bench docs gpu sanitize mutate registers format clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -120,6 +121,9 @@ format: $(ENVIRONMENT)
 bench: build
 	@mkdir -p build/bench
 	$(RUN) -m benchmarks.run $(BENCH)
+
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 sanitize: build
 	$(RUN) tools/sanitize.py --tests '$(filter-out tests,$(TESTS))' -- $(ARGUMENTS)

@@ -26,6 +26,9 @@ namespace {
 
 using stable::ArgumentReader;
 
+constexpr stable::Missing kMissing{/*projection=*/true, /*grouped_seed=*/true, /*probes=*/true,
+                                   /*gradient_groups=*/true};
+
 // Set in the child of a fork. torch's OpenMP threads do not survive one, and libgomp then waits for them for ever.
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
@@ -55,7 +58,7 @@ void run_kernel(const char* name, const Kernel& kernel) {
 }
 
 void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  stable::ForwardCall call(stack, stable::Place::Cpu);
+  stable::ForwardCall call(stack, stable::Place::Cpu, kMissing);
   if (call.layer.shapes.rows == 0) {
     call.results.zero();
   } else {
@@ -65,13 +68,14 @@ void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) 
 }
 
 void backward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  stable::BackwardCall call(stack, stable::Place::Cpu);
+  stable::BackwardCall call(stack, stable::Place::Cpu, kMissing);
   if (call.layer.shapes.rows == 0) {
     call.results.zero();
   } else {
     run_kernel(call.kName, [&] { cpu::lstm_layer_backward(call.params, available_threads(), &run_team); });
     if (call.second_grad_bias != nullptr) {
-      const size_t bytes = 4 * call.layer.shapes.hidden_size * call.results[stable::kBiasIh].element_size();
+      const stable::Tensor& first = call.results[stable::kBiasIh];
+      const size_t bytes = first.numel() * first.element_size();
       std::memcpy(call.second_grad_bias, call.params.grad_bias, bytes);
     }
   }

@@ -31,6 +31,9 @@ using stable::Place;
 using stable::ScalarType;
 using stable::Tensor;
 
+constexpr stable::Missing kMissing{/*projection=*/true, /*grouped_seed=*/true, /*probes=*/true,
+                                   /*gradient_groups=*/true};
+
 #if defined(FUSEDREG_CUDA_EMULATION)
 constexpr Place kPlace = Place::Emulated;
 
@@ -94,7 +97,7 @@ Tensor allocate_scratch(const Tensor& like, size_t bytes) {
 }
 
 void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  stable::ForwardCall call(stack, kPlace);
+  stable::ForwardCall call(stack, kPlace, kMissing);
   const CurrentDevice device(call.layer.input);
   if (call.layer.shapes.rows == 0) {
     call.results.zero();
@@ -109,7 +112,7 @@ void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) 
 }
 
 void backward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  stable::BackwardCall call(stack, kPlace);
+  stable::BackwardCall call(stack, kPlace, kMissing);
   const CurrentDevice device(call.layer.input);
   if (call.layer.shapes.rows == 0) {
     call.results.zero();

@@ -9,7 +9,7 @@ A results file holds one run of one example, and is all that its tables and figu
      "runs": [{"part", "variant", "seed", "seconds", "metrics": {...}, "curves": {name: [[x, y], ...]}}],
      "costs": {part: {variant: {"ratio", "quartiles", "pairs"}}}, "notes": {...}}
 
-It is written after every seed, so that a run that is ended early leaves the seeds it has finished.
+It is written after every run, so that what is ended early leaves what it has finished.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 Six units in each direction, a linear layer over the outputs of all 40 steps, Adam at 1e-2, batches of 100 in a fixed
 order, 6,000 steps, and the test accuracy at the end: the setting of the published row (91% in the data set's README,
-89.1% in its notebook). That GRU runs here too, with the first seed: it checks the setting.
+89.1% in its notebook). That GRU runs here too, with the first seed: it checks the setting. The LSTM runs with all
+seeds, its regularisers with the first three.
 """
 
 from __future__ import annotations
@@ -30,13 +31,12 @@ COLUMNS = {
     ]
 }
 HIDDEN, RATE, BATCH = 6, 1e-2, 100
+REGULARIZED_SEEDS = 3
 REGULARIZERS: Mapping[str, dict[str, Any]] = {
     "LSTM": {},
     "zoneout": {"zoneout_hidden": 0.05, "zoneout_cell": 0.05},
     "update dropout": {"update_dropout": 0.1},
-    "hidden dropout": {"hidden_dropout": 0.1},
     "weight drop": {"weight_dropout": 0.1},
-    "output dropout": {"output_dropout": 0.1},
     "batch norm": {"norm": BatchNorm(max_steps=40)},
     "layer norm": {"norm": LayerNorm()},
 }
@@ -103,9 +103,13 @@ def run(settings: harness.Settings) -> None:
         COLUMNS,
         {"hidden_size": HIDDEN, "learning_rate": RATE, "batch_size": BATCH, "steps": steps, "published": [91.0, 89.1]},
     )
-    jobs = [(seed, name) for seed in settings.seeds for name in names if name != "GRU" or seed == settings.seeds[0]]
+    jobs = [
+        (name, seed)
+        for name in names
+        for seed in settings.seeds[: {"GRU": 1, "LSTM": None}.get(name, REGULARIZED_SEEDS)]
+    ]
     with experiment.progress(len(jobs) * steps) as bar:
-        for seed, name in jobs:
+        for name, seed in jobs:
             torch.manual_seed(seed)
             model = make(name, split.inputs.shape[1]).to(settings.device)
             options = "`nn.GRU`, as published" if name == "GRU" else harness.describe(REGULARIZERS[name])
@@ -117,8 +121,7 @@ def run(settings: harness.Settings) -> None:
                 "training": accuracy(model, split.inputs, split.labels),
             }
             experiment.add(PART, name, seed, metrics, {"test accuracy": curve})
-            if name == names[-1]:
-                experiment.save()
+            experiment.save()
     results = experiment.results()
     figures.curves(results, PART, "test accuracy", settings.folder / "mnist1d.png", axes=("step", "test accuracy, %"))
     report.print_tables(results, experiment.console)

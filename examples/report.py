@@ -44,14 +44,15 @@ def cells(results: Results, part: str) -> tuple[list[str], list[list[str]]]:
     """The heading and the rows of one part's table, variants in the order in which they were tried."""
     columns = results["columns"][part]
     costs = results["costs"].get(part, {})
-    heading = ["variant", "options", "parameters", *(text for _, text, _ in columns)]
+    heading = ["variant", "options", "parameters", "seeds", *(text for _, text, _ in columns)]
     heading += ["training step, times plain `nn.LSTM`'s"] if costs else []
     rows = []
     for variant in results["variants"]:
         name = variant["name"]
-        if variant["part"] != part or not any((run["part"], run["variant"]) == (part, name) for run in results["runs"]):
+        seeds = sum((run["part"], run["variant"]) == (part, name) for run in results["runs"])
+        if variant["part"] != part or seeds == 0:
             continue
-        row = [name, variant["options"], f"{variant['parameters']:,}"]
+        row = [name, variant["options"], f"{variant['parameters']:,}", str(seeds)]
         row += [mean_and_spread(values(results, part, name, metric), digits) for metric, _, digits in columns]
         if costs:
             found = costs.get(name)
@@ -71,10 +72,9 @@ def markdown(results: Results, part: str) -> str:
     lines = ["| " + " | ".join(heading) + " |", "|---|---|" + "---:|" * right]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     machine = results["machine"]
-    seeds = ", ".join(str(seed) for seed in results["seeds"])
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     note = (
-        f"Mean ± standard deviation over the seeds {seeds}. `{results['command']}` took "
+        f"Mean ± standard deviation over seeds. `{results['command']}` took "
         f"{results['seconds'] / 60.0:.0f} minutes on a machine shared with other work: {machine['device']}, {threads}, "
         f"torch {machine['versions']['torch']}, commit `{machine['commit'][:7]}`."
     )

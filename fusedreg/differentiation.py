@@ -18,12 +18,20 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from fusedreg.encoding import (
     DIFFERENTIABLE,
     FIRST_RUNNING,
+    NUMBER_OF_TENSORS,
+    RETURN_CELLS,
+    SAVE,
     SAVE_NOTHING,
     decode_options,
     hidden_differs,
 )
 from fusedreg.layer import LayerOptions, LayerParameters, LayerResult, RunningStatistics
 from fusedreg.regularization import BatchNorm
+
+_FORWARD_ARGUMENTS = NUMBER_OF_TENSORS + 3  # rates, options, norm_eps
+_SAVED = 7  # what the backward is given of the forward's results; the statistics are the last three
+_FIRST_SAVED = 4 + NUMBER_OF_TENSORS
+_BACKWARD_ARGUMENTS = _FIRST_SAVED + _SAVED + 4  # rates, options, norm_eps, needed
 
 
 class Operators:
@@ -47,11 +55,11 @@ class Operators:
 
 def save_for_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     """Keep what the backward operator reads: the forward's tensors and what it saved."""
-    tensors, (rates, options, norm_eps) = inputs[:24], inputs[24:]
+    tensors, (rates, options, norm_eps) = inputs[:NUMBER_OF_TENSORS], inputs[NUMBER_OF_TENSORS:]
     y, _, _, cells, hidden, gates, input_gates, *statistics = output
     ctx.rates, ctx.options, ctx.norm_eps = list(rates), list(options), norm_eps
     constants = [hidden, gates, input_gates, *statistics]
-    if not options[12]:
+    if not options[RETURN_CELLS]:
         constants.append(cells)
     ctx.mark_non_differentiable(*constants)
     ctx.set_materialize_grads(False)  # no zeros for the gates, which nobody differentiates
@@ -64,17 +72,17 @@ def save_for_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor])
 def gradients(operators: Operators, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients of the forward operator's arguments, by the backward operator."""
     options = ctx.options
-    if options[13] == SAVE_NOTHING:
+    if options[SAVE] == SAVE_NOTHING:
         raise RuntimeError(
             f"{operators.name}_forward: expected options that save for the backward, got save = 0 (nothing) with "
             "an input that requires grad; call fusedreg.ops.lstm_layer, or encode the options with SAVE_GATES"
         )
     output, final_hidden, final_cell, cells = grads[:4]
-    if not options[12]:
+    if not options[RETURN_CELLS]:
         cells = None
     needed = [ctx.needs_input_grad[position] for position in DIFFERENTIABLE]
     if all(grad is None for grad in (output, final_hidden, final_cell, cells)) or not any(needed):
-        return (None,) * 27
+        return (None,) * _FORWARD_ARGUMENTS
     saved = ctx.saved_tensors
     tensors = (*saved[:FIRST_RUNNING], *(None,) * 8)
     arguments = (
@@ -90,7 +98,7 @@ def gradients(operators: Operators, ctx: Any, *grads: Tensor | None) -> tuple[An
     else:
         with torch._C._AutoDispatchBelowAutograd():
             results = operators.backward(*flat)
-    gradients: list[Tensor | None] = [None] * 27
+    gradients: list[Tensor | None] = [None] * _FORWARD_ARGUMENTS
     for position, wanted, result in zip(DIFFERENTIABLE, needed, results, strict=True):
         if wanted:
             gradients[position] = result
@@ -203,10 +211,10 @@ allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def save_for_double_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     """Keep what the reference needs to say the same again: no saved gates, no saved states."""
-    ctx.rates, ctx.options, ctx.norm_eps, ctx.needed = inputs[35:]
+    ctx.rates, ctx.options, ctx.norm_eps, ctx.needed = inputs[_FIRST_SAVED + _SAVED :]
     ctx.mark_non_differentiable(*(result for result, wanted in zip(output, ctx.needed, strict=True) if not wanted))
     ctx.set_materialize_grads(False)
-    statistics = inputs[32:35]
+    statistics = inputs[_FIRST_SAVED + 4 : _FIRST_SAVED + _SAVED]
     ctx.save_for_backward(*inputs[: 4 + FIRST_RUNNING], *statistics)
 
 
@@ -215,12 +223,12 @@ def second_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     from fusedreg import reference  # here, so that the operators themselves need torch only
 
     saved = ctx.saved_tensors
-    output_grads, tensors, statistics = saved[:4], list(saved[4:20]), saved[20:]
+    output_grads, tensors, statistics = saved[:4], list(saved[4 : 4 + FIRST_RUNNING]), saved[4 + FIRST_RUNNING :]
     options, _ = decode_options(ctx.rates, ctx.options, ctx.norm_eps)
     running = statistics_as_running(options, statistics, tensors[0])
     wanted = [place for place, grad in enumerate(grads) if grad is not None and ctx.needed[place]]
     if not wanted:
-        return (None,) * 39
+        return (None,) * _BACKWARD_ARGUMENTS
     # Primals: every differentiable tensor there is, then the gradients that came in.
     places = [position for position in DIFFERENTIABLE if tensors[position] is not None]
     given = [place for place, grad in enumerate(output_grads) if grad is not None]
@@ -249,7 +257,7 @@ def second_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     primals = [tensors[position] for position in places] + [output_grads[place] for place in given]
     pullback = torch.func.vjp(first_gradients, *primals)[1]
     seconds = pullback(tuple(grads[place] for place in wanted))
-    results: list[Tensor | None] = [None] * 39
+    results: list[Tensor | None] = [None] * _BACKWARD_ARGUMENTS
     for position, second in zip(places, seconds[: len(places)], strict=True):
         results[4 + position] = second
     for place, second in zip(given, seconds[len(places) :], strict=True):
@@ -264,9 +272,20 @@ def call_layer(
     running: RunningStatistics | None,
 ) -> LayerResult:
     """Call an implementation of the layer with the operator's tensors."""
-    input, weight_ih, weight_hh, bias_ih, bias_hh, hidden, cell, lengths, reset, seed = tensors[:10]
-    parameters = LayerParameters(weight_ih, weight_hh, bias_ih, bias_hh, None, *tensors[10:FIRST_RUNNING])
-    return layer(input, hidden, cell, parameters, options, lengths=lengths, reset=reset, seed=seed, running=running)
+    input, *weights = tensors[:6]
+    hidden, cell, lengths, reset, seed, *norms = tensors[6 : FIRST_RUNNING - 2]
+    return layer(
+        input,
+        hidden,
+        cell,
+        LayerParameters(*weights, *norms),
+        options,
+        lengths=lengths,
+        reset=reset,
+        seed=seed,
+        running=running,
+        probes=tensors[FIRST_RUNNING - 2 : FIRST_RUNNING],
+    )
 
 
 def statistics_as_running(

@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from fusedreg.layer import LayerOptions
+from torch import Tensor
+
+from fusedreg.layer import LayerOptions, LayerParameters, Probes, RunningStatistics
 from fusedreg.regularization import RATE_NAMES, BatchNorm, LayerNorm
 
 # What the forward keeps for the backward: `Save` in csrc/common/params.h.
@@ -22,6 +24,7 @@ TENSOR_ARGUMENTS = (
     "weight_hh",
     "bias_ih",
     "bias_hh",
+    "weight_hr",
     "initial_hidden",
     "initial_cell",
     "lengths",
@@ -33,6 +36,8 @@ TENSOR_ARGUMENTS = (
     "norm_recurrent_bias",
     "norm_cell_weight",
     "norm_cell_bias",
+    "hidden_probe",
+    "cell_probe",
     "running_index",
     "running_input_index",
     "running_input_mean",
@@ -42,9 +47,12 @@ TENSOR_ARGUMENTS = (
     "running_cell_mean",
     "running_cell_var",
 )
+NUMBER_OF_TENSORS = len(TENSOR_ARGUMENTS)
 # Those that have a gradient, in the order of the backward's results.
-DIFFERENTIABLE = (0, 1, 2, 3, 4, 5, 6, 10, 11, 12, 13, 14, 15)
-FIRST_RUNNING = 16
+DIFFERENTIABLE = (*range(8), *range(11, 19))
+FIRST_RUNNING = TENSOR_ARGUMENTS.index("running_index")
+# Of the `options`, those that callers look at or change by place.
+RETURN_CELLS, SAVE, GRADIENT_GROUPS = 12, 13, 14
 
 Encoded = tuple[list[float], list[int], float]
 
@@ -73,6 +81,7 @@ def encode_options(options: LayerOptions, save: int) -> Encoded:
         int(isinstance(norm, BatchNorm) and norm.input_statistics == "sequence"),
         int(options.return_cells),
         save,
+        1,  # gradient_groups: the backward's, for whom a vmap rule changes it
     ]
     return list(options.rates), flags, 0.0 if norm is None else norm.eps
 
@@ -81,9 +90,12 @@ encode_once = functools.lru_cache(maxsize=1024)(encode_options)
 
 
 def decode_options(rates: Sequence[float], options: Sequence[int], norm_eps: float) -> tuple[LayerOptions, int]:
-    """The inverse of :func:`encode_options`, but for what the operators do not need (a batch norm's momentum)."""
+    """The inverse of :func:`encode_options`, but for what the operators do not need (a batch norm's momentum).
+
+    ``gradient_groups`` is no option of a layer, and is left out.
+    """
     layer, direction, training, untied, update_sequence, weight_row, candidate = options[:7]
-    kind, norm_input, norm_recurrent, norm_cell, input_sequence, return_cells, save = options[7:]
+    kind, norm_input, norm_recurrent, norm_cell, input_sequence, return_cells, save, _ = options[7:]
     norm: BatchNorm | LayerNorm | None = None
     if kind == NORM_BATCH:
         norm = BatchNorm(
@@ -111,6 +123,23 @@ def decode_options(rates: Sequence[float], options: Sequence[int], norm_eps: flo
         **named,
     )
     return decoded, save
+
+
+def tensor_arguments(
+    input: Tensor,
+    initial_hidden: Tensor | None,
+    initial_cell: Tensor | None,
+    parameters: LayerParameters,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    seed: Tensor | None,
+    probes: Probes | None,
+    running: RunningStatistics | None,
+) -> tuple[Tensor | None, ...]:
+    """The arguments of ``lstm_layer`` that are tensors, in the order of ``TENSOR_ARGUMENTS``."""
+    weights, norms = parameters[:5], parameters[5:]
+    given = (input, *weights, initial_hidden, initial_cell, lengths, reset, seed, *norms)
+    return (*given, *(probes or (None, None)), *(running or (None,) * 8))
 
 
 def hidden_differs(rates: Sequence[float], options: Sequence[int]) -> bool:

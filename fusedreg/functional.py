@@ -17,6 +17,7 @@ from fusedreg.backends import OPERATORS, resolve
 from fusedreg.layer import BatchStatistics, LayerOptions, LayerParameters, LayerResult, RunningStatistics
 from fusedreg.packed import pack_like, pad
 from fusedreg.parameters import Architecture, grouped, infer_architecture
+from fusedreg.recording import LayerCall, Layout, Recorder, Recording
 from fusedreg.regularization import BatchNorm, Regularization
 from fusedreg.seeds import as_seed, draw_seed
 
@@ -117,6 +118,7 @@ def run_stack(
     lengths: Tensor | None,
     reset: Tensor | None,
     seed: Tensor | None,
+    recording: Recording | None = None,
 ) -> StackResult:
     """Run every layer and direction over checked tensors, time first.
 
@@ -128,6 +130,7 @@ def run_stack(
         layers: parameters by layer and direction.
         running: the same for the running statistics, empty without a batch norm.
         lengths, reset, seed: as ``lstm_layer`` takes them.
+        recording: asked for probes before each layer, and shown each layer after.
     """
     dtype, directions = input.dtype, plan.architecture.num_directions
     output, cells = input, None
@@ -135,17 +138,25 @@ def run_stack(
     outputs: list[Tensor] = []
     all_cells: list[Tensor] = []
     for place, options in enumerate(plan.options):
+        initial = (None, None) if state is None else (state[0][place], state[1][place])
+        own_seed, own_running = seed if options.draws else None, running[place] if running else None
+        watched: dict[str, Any] = {}
+        if recording is not None:
+            call = LayerCall(input, *initial, layers[place], options, lengths, reset, own_seed, own_running)
+            watched["probes"] = recording.probes(call)
         result = layer_function(
             input,
-            None if state is None else state[0][place],
-            None if state is None else state[1][place],
+            *initial,
             layers[place],
             options,
             lengths=lengths,
             reset=reset,
-            seed=seed if options.draws else None,
-            running=running[place] if running else None,
+            seed=own_seed,
+            running=own_running,
+            **watched,
         )
+        if recording is not None:
+            recording.seen(call, result)
         hiddens.append(result.final_hidden)
         finals.append(result.final_cell if result.final_cell.dtype == dtype else result.final_cell.to(dtype))
         statistics.append(result.statistics)
@@ -183,10 +194,12 @@ def run(
     seed: Any,
     generator: Any,
     backend: str,
+    recorder: Recorder | None = None,
 ) -> Call:
     """Validate a call, choose its backend, run the stack, and give the results the input's layout.
 
-    The arguments are :func:`lstm`'s; ``running`` holds the buffers of each layer and direction with a batch norm.
+    The arguments are :func:`lstm`'s; ``running`` holds the buffers of each layer and direction with a batch norm, and
+    ``recorder`` is a module's, which watches the call.
     Nothing is written: a call that raises leaves everything as it was.
     """
     architecture = plan.architecture
@@ -222,14 +235,15 @@ def run(
             reset = reset.transpose(0, 1)
     if plan.batch_statistics:
         validation.check_batch_norm_rows(rows)
-    layer_function = _layer_function(backend, plan, x)
+    recording = None if recorder is None else recorder.begin(Layout(batched, batch_first, packed, host_lengths))
+    layer_function = _layer_function(backend, plan, x, probes=recording is not None and recording.differentiates)
     statistics_read = [
         running_statistics.read_running(buffers, options, steps, x.dtype, lengths=lengths)
         for buffers, options in zip(running or (), plan.options, strict=running is not None)
     ]
     seed_tensor = _seed(plan, seed, generator, x.device)
 
-    stack = run_stack(plan, layer_function, x, state, layers, statistics_read, lengths, reset, seed_tensor)
+    stack = run_stack(plan, layer_function, x, state, layers, statistics_read, lengths, reset, seed_tensor, recording)
     output: Any
     cells: Any
     output, final_hidden, final_cell, cells, statistics = stack
@@ -248,10 +262,11 @@ def run(
     return Call(result, statistics, lengths, steps, rows)
 
 
-def _layer_function(backend: str, plan: Plan, input: Tensor) -> LayerFunction:
+def _layer_function(backend: str, plan: Plan, input: Tensor, *, probes: bool) -> LayerFunction:
     norm = plan.regularization.norm
     shared = isinstance(norm, BatchNorm) and norm.process_group is not None
-    chosen = resolve(backend, input.device, input.dtype, proj_size=plan.architecture.proj_size, process_group=shared)
+    proj_size = plan.architecture.proj_size
+    chosen = resolve(backend, input.device, input.dtype, proj_size=proj_size, process_group=shared, probes=probes)
     return LAYER_FUNCTIONS[chosen]
 
 

@@ -112,6 +112,15 @@ class RunningStatistics(NamedTuple):
     cell_var: Tensor | None = None
 
 
+Probes = tuple[Tensor | None, Tensor | None]
+"""``hidden_probe (T, B, P)`` in the input's type and ``cell_probe (T, B, H)`` in the compute type, of zeros.
+
+They are there to be differentiated. The first is added to the carried ``h_s``, so that its gradient is ``dL/dh_s``;
+the second to the cell of step ``s`` wherever that is read: by ``h̃_s``, and as the carried ``c_s``. Both stand at the
+step's position ``t`` in the input, and have a gradient of 0 in padding. Kernels take them to be zero and read neither.
+"""
+
+
 class BatchStatistics(NamedTuple):
     """The mean ``[:, 0]`` and biased variance ``[:, 1]`` that each processed step was normalised with.
 

@@ -15,6 +15,9 @@ every backend makes the same bits from the same seed. The table of counters::
 ``c3 = layer * 2 + direction``; the key is the seed, low word first; ``t`` is the position in the input, also in the
 reverse direction. An element is dropped (or zoned out) where its word is below ``floor(p * 2**32)``.
 
+A seed of shape ``(S, 2)`` makes ``S`` groups of rows that draw as if each were a call of its own: see
+:class:`MaskSource`.
+
 All arithmetic is on int64 tensors that hold 32-bit words, on the seed's device, without synchronisation.
 """
 
@@ -91,13 +94,18 @@ def threshold(rate: float) -> int:
 class MaskSource:
     """The words of one layer and direction, family by family.
 
+    With a seed of shape ``(S, 2)``, the ``B`` rows of a call are ``S`` groups of consecutive rows, each with a row
+    ``(seed, first_step)``: its own key; counters that count its rows from 0, and steps from ``first_step``. Weights,
+    which all rows share, are drawn from the first group's seed.
+
     Args:
-        seed: 0-dimensional int64 tensor.
+        seed: 0-dimensional int64 tensor, or ``(S, 2)``.
         layer, direction: which; the direction is 0 forward, 1 reverse.
     """
 
     def __init__(self, seed: Tensor, layer: int, direction: int) -> None:
-        self._key = (seed & _WORD, (seed >> 32) & _WORD)
+        self._groups = seed if seed.dim() == 2 else None
+        self._key = _words_of(seed if self._groups is None else seed[0, 0])
         self._device = seed.device
         self._stream = layer * 2 + direction
 
@@ -107,12 +115,22 @@ class MaskSource:
 
     def step(self, first_step: int, steps: int, rows: int, units: int) -> Words:
         """Words ``(steps, rows, units)`` of the positions from ``first_step`` on."""
-        position = self._range(steps, 2) + first_step
-        return philox4x32_10((self._range(units, 0), self._range(rows, 1), position, self._stream), self._key)
+        row, key, group_step = self._rows(rows)
+        position = self._range(steps, 2) + first_step + group_step
+        return philox4x32_10((self._range(units, 0), row, position, self._stream), key)
 
     def sequence(self, rows: int, units: int, family: int = SEQUENCE) -> Words:
         """Words ``(rows, units)`` of a family that is drawn once a call."""
-        return philox4x32_10((self._range(units, 0), self._range(rows, 1), family, self._stream), self._key)
+        row, key, _ = self._rows(rows)
+        return philox4x32_10((self._range(units, 0), row, family, self._stream), key)
+
+    def _rows(self, rows: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | int]:
+        """The counter's word, the key and the first step of each row, ``(rows, 1)`` where they differ."""
+        if self._groups is None:
+            return self._range(rows, 1), self._key, 0
+        count = self._groups.shape[0]
+        each = self._groups.repeat_interleave(rows // count, 0)
+        return self._range(rows // count, 1).repeat(count, 1), _words_of(each[:, :1]), each[:, 1:]
 
     def weight(self, rows: int, columns: int) -> Tensor:
         """One word ``(rows, columns)`` for each element of a weight."""
@@ -124,6 +142,10 @@ class MaskSource:
         """One word ``(rows, 1)`` for each row of a weight."""
         zero = self._range(1, 0)
         return philox4x32_10((zero, self._range(rows, 1), WEIGHT, self._stream), self._key)[0]
+
+
+def _words_of(seed: Tensor) -> tuple[Tensor, Tensor]:
+    return seed & _WORD, (seed >> 32) & _WORD
 
 
 class LayerMasks(NamedTuple):
@@ -160,7 +182,8 @@ def layer_masks(
     """Every mask that one layer and direction draws in a call.
 
     Args:
-        seed: 0-dimensional int64 tensor; ``None`` is enough where ``options.draws`` is false.
+        seed: 0-dimensional int64 tensor, or ``(S, 2)`` with ``S`` dividing the rows: see :class:`MaskSource`;
+            ``None`` is enough where ``options.draws`` is false.
         options: the layer's; only the sites with a rate above 0 are drawn, and none in evaluation.
         steps, rows, input_size, hidden_size, output_size: ``T``, ``B``, ``I``, ``H`` and ``P``.
 

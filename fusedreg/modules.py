@@ -16,6 +16,7 @@ from fusedreg import backends, conversion, functional, running_statistics, valid
 from fusedreg.functional import LSTMResult, LSTMResultWithCells, Plan
 from fusedreg.layer import LayerParameters
 from fusedreg.parameters import Architecture, suffix
+from fusedreg.recording import Recorder
 from fusedreg.refusals import Refusals
 from fusedreg.regularization import (
     BatchNorm,
@@ -38,10 +39,8 @@ class LSTM(Refusals, nn.Module):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
             in :class:`torch.nn.LSTM`, in its order. ``dropout`` is below 1, and may be one rate a layer.
-        regularization: a :class:`~fusedreg.Regularization`; or pass its fields themselves:
-        input_dropout, hidden_dropout, output_dropout, update_dropout, cell_dropout, weight_dropout, zoneout_hidden,
-            zoneout_cell, gate_masks, update_mask, weight_mask, zoneout_output, norm: see
-            :class:`~fusedreg.Regularization`.
+        regularization: a :class:`~fusedreg.Regularization`; or pass its fields themselves, as the arguments from
+            ``input_dropout`` to ``norm``, which are described there.
         recompute: keep only states for the backward, about a third of the memory, and recompute the gates there.
         backend: ``"auto"``, or one by name, which then either runs or raises: ``"cpu"``, ``"cuda"``, ``"triton"``,
             ``"reference"``. See :func:`fusedreg.backends.explain`.
@@ -71,6 +70,7 @@ class LSTM(Refusals, nn.Module):
     batch_first: bool
     bidirectional: bool
     proj_size: int
+    _recorder: Recorder | None = None  # who watches the calls: see fusedreg.inspect
 
     def __init__(
         self,
@@ -285,9 +285,8 @@ class LSTM(Refusals, nn.Module):
             self._prepare()
             plan = self._plans[self.training, self.recompute, bool(return_cell_states)]
         running = self._layer_buffers() if self._buffer_groups else None
-        call = functional.run(
-            plan, input, hx, self._layer_parameters(), running, lengths, reset, seed, generator, self.backend
-        )
+        layers, recorder = self._layer_parameters(), self._recorder
+        call = functional.run(plan, input, hx, layers, running, lengths, reset, seed, generator, self.backend, recorder)
         norm = self._regularization.norm
         if running is not None and plan.training and isinstance(norm, BatchNorm):
             sizes = {"steps": call.steps, "rows": call.rows}

@@ -26,13 +26,14 @@ from fusedreg.differentiation import (
     save_for_double_backward,
     second_gradients,
 )
-from fusedreg.encoding import SAVE_GATES, SAVE_NOTHING, SAVE_RECOMPUTE, encode_once, encode_options
+from fusedreg.encoding import SAVE_GATES, SAVE_NOTHING, SAVE_RECOMPUTE, encode_once, encode_options, tensor_arguments
 from fusedreg.fakes import backward_fake, forward_fake
 from fusedreg.layer import (
     BatchStatistics,
     LayerOptions,
     LayerParameters,
     LayerResult,
+    Probes,
     RunningStatistics,
     compute_dtype,
 )
@@ -65,6 +66,7 @@ def lstm_layer(
     reset: Tensor | None = None,
     seed: Tensor | None = None,
     running: RunningStatistics | None = None,
+    probes: Probes | None = None,
     operators: str = COMPILED,
 ) -> LayerResult:
     """One layer in one direction, by the operators: the signature and the meaning of ``reference.lstm_layer``.
@@ -74,14 +76,15 @@ def lstm_layer(
 
     Args:
         input: ``(T, B, I)``, any strides.
-        initial_hidden: ``(B, H)``, or ``None`` for zeros.
+        initial_hidden: ``(B, P)``, or ``None`` for zeros.
         initial_cell: ``(B, H)`` in the input's type or in the compute type, or ``None`` for zeros.
         parameters: of this layer and direction, in the input's type.
         options: everything that is not a tensor.
         lengths: ``(B,)`` int64 on the input's device; clamped to [0, T].
         reset: ``(T, B)`` bool.
-        seed: 0-dimensional int64, needed where ``options.draws``.
+        seed: 0-dimensional int64, or ``(S, 2)``, needed where ``options.draws``: see ``reference.lstm_layer``.
         running: what batch norm reads.
+        probes: zeros to be differentiated, see :data:`fusedreg.layer.Probes`. Their values are not looked at.
         operators: the name of the pair that runs it, which :func:`register_operators` has been given.
 
     Returns:
@@ -93,10 +96,8 @@ def lstm_layer(
     if initial_cell is not None and initial_cell.dtype != compute:
         initial_cell = initial_cell.to(compute)
     if norm is None:
-        extras: tuple[Tensor | None, ...] = _NO_NORM
-    else:
-        extras = parameters[5:11] + (tuple(running) if running is not None else (None,) * 8)
-    tensors = (input, *parameters[:4], initial_hidden, initial_cell, lengths, reset, seed, *extras)
+        running = None
+    tensors = tensor_arguments(input, initial_hidden, initial_cell, parameters, lengths, reset, seed, probes, running)
     compiling = torch.compiler.is_compiling()
     if compiling:
         allow_in_graph()
@@ -120,9 +121,6 @@ def lstm_layer(
         sites = (norm.input, norm.recurrent, norm.cell)
         statistics = BatchStatistics(*(value if site else None for site, value in zip(sites, results[7:], strict=True)))
     return LayerResult(output, final_hidden, final_cell, cells if options.return_cells else None, statistics)
-
-
-_NO_NORM: tuple[None, ...] = (None,) * 14
 
 
 def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:

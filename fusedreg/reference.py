@@ -32,6 +32,7 @@ from fusedreg.layer import (
     LayerOptions,
     LayerParameters,
     LayerResult,
+    Probes,
     RunningStatistics,
     compute_dtype,
 )
@@ -50,6 +51,7 @@ def lstm_layer(
     reset: Tensor | None = None,
     seed: Tensor | None = None,
     running: RunningStatistics | None = None,
+    probes: Probes | None = None,
 ) -> LayerResult:
     """Run one layer in one direction over a sequence.
 
@@ -64,8 +66,11 @@ def lstm_layer(
         options: everything else that is not a tensor. ``recompute`` has no meaning here.
         lengths: ``(B,)`` int64, clamped to ``[0, T]``; ``None``: all rows have ``T`` steps.
         reset: ``(T, B)`` bool, by position: where true, the row's state is set to zero before that step.
-        seed: 0-dimensional int64 tensor; ``None`` is enough where ``options.draws`` is false.
+        seed: 0-dimensional int64 tensor; ``None`` is enough where ``options.draws`` is false. Or ``(S, 2)`` with
+            ``S`` dividing ``B``: rows of ``(seed, first_step)`` for ``S`` groups of consecutive rows, each of which
+            draws as a call of its own would whose first step counts as step ``first_step``.
         running: population statistics for batch norm; ``None``: mean 0 and variance 1.
+        probes: added to the carried ``h_s`` and to the cell, see :data:`fusedreg.layer.Probes`.
 
     Returns:
         A :class:`fusedreg.layer.LayerResult`, with ``final_cell`` and ``cells`` in the compute dtype.
@@ -79,7 +84,9 @@ def lstm_layer(
         torch.Size([5, 2, 4])
     """
     with _no_autocast(input.device):
-        return _lstm_layer(input, initial_hidden, initial_cell, parameters, options, lengths, reset, seed, running)
+        return _lstm_layer(
+            input, initial_hidden, initial_cell, parameters, options, lengths, reset, seed, running, probes
+        )
 
 
 def _lstm_layer(
@@ -92,6 +99,7 @@ def _lstm_layer(
     reset: Tensor | None,
     seed: Tensor | None,
     running: RunningStatistics | None,
+    probes: Probes | None,
 ) -> LayerResult:
     steps, rows, input_size = input.shape
     storage, compute = input.dtype, compute_dtype(input.dtype)
@@ -123,6 +131,9 @@ def _lstm_layer(
         update_masks = order.reorder(update_masks) if per_step else update_masks.expand(steps, -1, -1)
     if reset is not None:
         reset = order.reorder(reset)
+    hidden_probe, cell_probe = (
+        None if probe is None else order.select(order.reorder(probe)).to(compute) for probe in probes or (None, None)
+    )
 
     hidden = input.new_zeros(rows, output_size, dtype=compute) if initial_hidden is None else initial_hidden.to(compute)
     cell = input.new_zeros(rows, hidden_size, dtype=compute) if initial_cell is None else initial_cell.to(compute)
@@ -142,12 +153,15 @@ def _lstm_layer(
         if options.cell_dropout > 0.0:  # not inverted: a scale would compound over the steps
             kept = 1.0 - options.cell_dropout if masks.cell_dropout is None else (~masks.cell_dropout).to(compute)
             candidate_cell = candidate_cell * kept
-        candidate = torch.sigmoid(z_o) * torch.tanh(norms.cell(candidate_cell, s))
+        read_cell = candidate_cell if cell_probe is None else candidate_cell + cell_probe[s]
+        candidate = torch.sigmoid(z_o) * torch.tanh(norms.cell(read_cell, s))
         if parameters.weight_hr is not None:
             candidate = candidate @ parameters.weight_hr.t()
 
         new_cell = zoneout_cell(previous_cell, candidate_cell, s)
-        new_hidden = _rounded(zoneout_hidden(previous_hidden, candidate, s), storage)
+        new_cell = new_cell if cell_probe is None else new_cell + cell_probe[s]
+        new_hidden = zoneout_hidden(previous_hidden, candidate, s)
+        new_hidden = _rounded(new_hidden if hidden_probe is None else new_hidden + hidden_probe[s], storage)
         outputs.append(candidate if options.zoneout_output == "candidate" else new_hidden)
         hidden, cell = order.keep(new_hidden, hidden, s), order.keep(new_cell, cell, s)
         cells.append(cell)

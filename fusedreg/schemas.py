@@ -65,7 +65,7 @@ def define_operators(
     Args:
         name: of the pair, ``"namespace::name"``, as in :class:`fusedreg.differentiation.Operators`.
         forward: takes the forward operator's arguments by position, and returns its ten results as a tuple.
-        backward: the same for the backward operator and its thirteen.
+        backward: the same for the backward operator and its sixteen.
         dispatch_keys: the devices whose tensors they take: ``"CUDA"``, ``"CPU"``.
     """
     namespace, _, base = name.partition("::")

@@ -191,11 +191,11 @@ def test_the_plan_of_the_cuda_tiers() -> None:
         assert "forward: step" in text and "backward: step" in text
     call = torch.ops.fusedreg._cuda_plan
     with pytest.raises(RuntimeError, match="sizes: expected numbers above 0, got 0"):
-        call([1, 1, 1, 0], 0, [0.0] * 9, [0] * 14, False, list(H200))
+        call([1, 1, 1, 0], 0, [0.0] * 9, [0] * 15, False, list(H200))
     with pytest.raises(RuntimeError, match="expected 4 sizes, a dtype from 0 to 3"):
-        call([1, 1, 1, 1], 7, [0.0] * 9, [0] * 14, False, list(H200))
-    with pytest.raises(RuntimeError, match="expected 9 rates and 14 options, got 1 and 14"):
-        call([1, 1, 1, 1], 0, [0.0], [0] * 14, False, list(H200))
+        call([1, 1, 1, 1], 7, [0.0] * 9, [0] * 15, False, list(H200))
+    with pytest.raises(RuntimeError, match="expected 9 rates and 15 options, got 1 and 15"):
+        call([1, 1, 1, 1], 0, [0.0], [0] * 15, False, list(H200))
 
 
 @compiled

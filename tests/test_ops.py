@@ -15,7 +15,7 @@ from torch.library import opcheck
 
 import fusedreg
 from fusedreg import BatchNorm, LayerNorm, Regularization, ops, reference
-from fusedreg.encoding import DIFFERENTIABLE, TENSOR_ARGUMENTS, decode_options, encode_options
+from fusedreg.encoding import DIFFERENTIABLE, NUMBER_OF_TENSORS, TENSOR_ARGUMENTS, decode_options, encode_options
 from fusedreg.layer import REVERSE, LayerOptions, LayerParameters
 from fusedreg.testing import LayerCase, make_arguments
 
@@ -31,18 +31,7 @@ def make_case(name: str, **changes: Any) -> LayerCase:
 def operator_arguments(case: LayerCase, save: int, requires_grad: bool = False) -> list[Any]:
     """The arguments of the forward operator for a case."""
     arguments = make_arguments(case, seed=1)
-    running = arguments.running if arguments.running is not None else (None,) * 8
-    tensors: list[Any] = [
-        arguments.input,
-        *arguments.parameters[:4],
-        arguments.initial_hidden,
-        arguments.initial_cell,
-        arguments.lengths,
-        arguments.reset,
-        arguments.seed,
-        *arguments.parameters[5:],
-        *running,
-    ]
+    tensors: list[Any] = list(arguments.tensors())
     for position in DIFFERENTIABLE if requires_grad else ():
         if tensors[position] is not None:
             tensors[position] = tensors[position].clone().requires_grad_()
@@ -58,7 +47,8 @@ def backward_arguments(case: LayerCase, save: int) -> list[Any]:
     cells = grads["cells"] if case.return_cells else None
     needed = [forward[position] is not None for position in DIFFERENTIABLE]
     incoming = [grads["output"], grads["final_hidden"], grads["final_cell"], cells]
-    return [*incoming, *forward[:24], results[3], hidden, *results[5:], *forward[24:], needed]
+    tensors, encoded = forward[:NUMBER_OF_TENSORS], forward[NUMBER_OF_TENSORS:]
+    return [*incoming, *tensors, results[3], hidden, *results[5:], *encoded, needed]
 
 
 @pytest.mark.parametrize("name", REGULARIZERS)
@@ -86,7 +76,7 @@ def test_encoding_is_the_order_of_the_structs() -> None:
     )
     rates, flags, eps = encode_options(options, ops.SAVE_RECOMPUTE)
     assert rates == [0.1, 0, 0, 0, 0, 0, 0, 0, 0.9]
-    assert flags == [2, 1, 1, 0, 1, 0, 1, 1, 1, 0, 1, 1, 0, 2]
+    assert flags == [2, 1, 1, 0, 1, 0, 1, 1, 1, 0, 1, 1, 0, 2, 1]
     assert eps == 0.25
 
 
@@ -95,7 +85,7 @@ def test_encoding_is_the_order_of_the_structs() -> None:
 def test_schema_has_the_order_of_the_encoding(operator: str) -> None:
     names = [argument.name for argument in getattr(torch.ops.fusedreg, operator).default._schema.arguments]
     first = 0 if operator == "lstm_layer_forward" else 4
-    assert tuple(names[first : first + 24]) == TENSOR_ARGUMENTS
+    assert tuple(names[first : first + NUMBER_OF_TENSORS]) == TENSOR_ARGUMENTS
     results = [result.name for result in torch.ops.fusedreg.lstm_layer_backward.default._schema.returns]
     assert results == ["grad_" + TENSOR_ARGUMENTS[position] for position in DIFFERENTIABLE]
 
@@ -117,7 +107,7 @@ def test_fakes_are_like_the_kernels(name: str, save: int, training: bool, dtype:
     if save != ops.SAVE_NOTHING:
         backward = backward_arguments(case, save)
         calls.append((torch.ops.fusedreg.lstm_layer_backward.default, backward))
-        backward = [*backward[:-1], [position % 2 == 0 for position in range(13)]]
+        backward = [*backward[:-1], [position % 2 == 0 and position < 14 for position in range(16)]]
         calls.append((torch.ops.fusedreg.lstm_layer_backward.default, backward))
     for operator, real in calls:
         with FakeTensorMode() as mode:

@@ -41,11 +41,8 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
 def forward_arguments(case: LayerCase, save: int = encoding.SAVE_GATES) -> dict[str, Any]:
     """The operator's arguments by name, for a case."""
     given = make_arguments(case, 0)
-    parameters = given.parameters
-    tensors = [given.input, *parameters[:4], given.initial_hidden, given.initial_cell, given.lengths, given.reset]
-    tensors += [given.seed, *parameters[5:11], *(given.running if given.running is not None else [None] * 8)]
     encoded = encoding.encode_options(case.options, save)
-    named = dict(zip(FORWARD_ARGUMENTS, [*tensors, *encoded], strict=True))
+    named = dict(zip(FORWARD_ARGUMENTS, [*given.tensors(), *encoded], strict=True))
     if named["initial_cell"] is not None:
         named["initial_cell"] = named["initial_cell"].to(compute_dtype(case.dtype))
     return named
@@ -57,7 +54,7 @@ def backward_arguments(case: LayerCase, save: int, needed: list[bool] | None = N
     differs = encoding.hidden_differs(named["rates"], named["options"])
     grads = [torch.ones_like(value) for value in (output, final_hidden, final_cell, cells)]
     values = [*grads, *(named[name] for name in encoding.TENSOR_ARGUMENTS), cells, hidden if differs else output]
-    values += [*saved, named["rates"], named["options"], named["norm_eps"], needed or [True] * 13]
+    values += [*saved, named["rates"], named["options"], named["norm_eps"], needed or [True] * 14 + [False] * 2]
     return dict(zip(BACKWARD_ARGUMENTS, values, strict=True))
 
 
@@ -66,7 +63,7 @@ def backward_arguments(case: LayerCase, save: int, needed: list[bool] | None = N
 
 @pytest.mark.parametrize(
     ("operator", "names", "results"),
-    [("lstm_layer_forward", FORWARD_ARGUMENTS, 10), ("lstm_layer_backward", BACKWARD_ARGUMENTS, 13)],
+    [("lstm_layer_forward", FORWARD_ARGUMENTS, 10), ("lstm_layer_backward", BACKWARD_ARGUMENTS, 16)],
 )
 def test_schemas_agree_with_python(operator: str, names: tuple[str, ...], results: int) -> None:
     schema = getattr(torch.ops.fusedreg, operator).default._schema
@@ -107,10 +104,13 @@ def test_fakes_are_what_comes(name: str, save: str, training: bool) -> None:
         assert faked(backward, arguments) == layout(backward(*arguments.values()))
 
 
-@pytest.mark.parametrize("position", range(13))
+@pytest.mark.parametrize("position", range(14))
 def test_what_is_not_needed_is_empty(position: int) -> None:
     case = LayerCase("everything_layer_norm", regularization=REGULARIZERS["everything_layer_norm"])
-    for needed in ([place == position for place in range(13)], [place != position for place in range(13)]):
+    for needed in (
+        [place == position for place in range(16)],
+        [place not in (position, 14, 15) for place in range(16)],
+    ):
         arguments = backward_arguments(case, encoding.SAVE_GATES, needed)
         results = backward(*arguments.values())
         assert [value.shape != (0,) for value in results] == needed
@@ -121,7 +121,7 @@ def test_the_two_bias_gradients_are_two_tensors() -> None:
     results = backward(*backward_arguments(LayerCase("none"), encoding.SAVE_GATES).values())
     assert results[3].data_ptr() != results[4].data_ptr()
     assert torch.equal(results[3], results[4])
-    for needed in ([place == 3 for place in range(13)], [place == 4 for place in range(13)]):
+    for needed in ([place == 3 for place in range(16)], [place == 4 for place in range(16)]):
         one = backward(*backward_arguments(LayerCase("none"), encoding.SAVE_GATES, needed).values())
         assert torch.equal(one[needed.index(True)], results[3])
 
@@ -129,7 +129,7 @@ def test_the_two_bias_gradients_are_two_tensors() -> None:
 def test_parameters_of_a_norm_that_is_off_have_a_gradient_of_zero() -> None:
     arguments = backward_arguments(LayerCase("none"), encoding.SAVE_GATES)
     results = backward(*arguments.values())
-    for value in results[7:]:
+    for value in results[8:14]:
         assert value.shape[0] in (44, 11)
         assert not value.any()
 
@@ -154,9 +154,9 @@ PLAIN = LayerCase("everything", regularization=REGULARIZERS["everything"], ragge
 LAYER_NORM = LayerCase("layer_norm", regularization=REGULARIZERS["layer_norm"])
 BATCH_NORM = LayerCase("batch_norm", regularization=REGULARIZERS["batch_norm"], ragged=True)
 TENSORS = [
-    *((PLAIN, name) for name in encoding.TENSOR_ARGUMENTS[1:9]),
-    *((LAYER_NORM, name) for name in encoding.TENSOR_ARGUMENTS[10:16]),
-    *((BATCH_NORM, name) for name in encoding.TENSOR_ARGUMENTS[16:18]),
+    *((PLAIN, name) for name in encoding.TENSOR_ARGUMENTS[1:5] + encoding.TENSOR_ARGUMENTS[6:10]),
+    *((LAYER_NORM, name) for name in encoding.TENSOR_ARGUMENTS[11:17]),
+    *((BATCH_NORM, name) for name in encoding.TENSOR_ARGUMENTS[19:21]),
 ]
 
 
@@ -225,14 +225,14 @@ def test_an_index_without_statistics_is_refused() -> None:
 
 
 OTHERS = [
-    ({"rates": [0.0] * 8}, "expected 9 rates and 14 options, got 8 and 14; .* build it again"),
-    ({"options": [0] * 15}, "expected 9 rates and 14 options, got 9 and 15"),
+    ({"rates": [0.0] * 8}, "expected 9 rates and 15 options, got 8 and 15; .* build it again"),
+    ({"options": [0] * 14}, "expected 9 rates and 15 options, got 9 and 14"),
     ({"rates": [1.0] + [0.0] * 8}, r"rates: expected numbers in \[0, 1\), got 1"),
     ({"rates": [float("nan")] + [0.0] * 8}, r"rates: expected numbers in \[0, 1\), got -?nan"),
     ({"rates": [-0.1] + [0.0] * 8}, r"rates: expected numbers in \[0, 1\), got -0\.1"),
-    ({"options": [0] * 13 + [3]}, r"options\[13\]: expected 0 <= value < 3, got 3"),
-    ({"options": [0] * 7 + [-1] + [0] * 6}, r"options\[7\]: expected 0 <= value < 3, got -1"),
-    ({"options": [2**40] + [0] * 13}, r"options\[0\]: expected 0 <= value < 1073741824"),
+    ({"options": [0] * 13 + [3, 1]}, r"options\[13\]: expected 0 <= value < 3, got 3"),
+    ({"options": [0] * 7 + [-1] + [0] * 7}, r"options\[7\]: expected 0 <= value < 3, got -1"),
+    ({"options": [2**40] + [0] * 14}, r"options\[0\]: expected 0 <= value < 1073741824"),
     ({"norm_eps": float("nan")}, "norm_eps: expected >= 0, got -?nan"),
     ({"seed": None}, "seed: expected a 0-dimensional int64 tensor, since a rate is active, got None"),
     ({"seed": torch.zeros(1, dtype=torch.int64)}, r"seed: expected shape \(\) = \(\), got \(1,\)"),
@@ -260,15 +260,15 @@ def test_a_tensor_without_strides_is_refused(name: str) -> None:
 
 def test_a_forward_that_kept_nothing_has_no_backward() -> None:
     arguments = backward_arguments(LayerCase("none"), encoding.SAVE_GATES)
-    arguments["options"] = [*arguments["options"][:-1], encoding.SAVE_NOTHING]
+    arguments["options"] = [*arguments["options"][:-2], encoding.SAVE_NOTHING, 1]
     with pytest.raises(RuntimeError, match="options: expected a forward that saved for the backward"):
         backward(*arguments.values())
 
 
-@pytest.mark.parametrize("count", [0, 12, 14])
+@pytest.mark.parametrize("count", [0, 13, 17])
 def test_needed_has_a_flag_for_each_result(count: int) -> None:
     arguments = backward_arguments(LayerCase("none"), encoding.SAVE_GATES)
-    with pytest.raises(RuntimeError, match=f"needed: expected 13 flags, got {count}"):
+    with pytest.raises(RuntimeError, match=f"needed: expected 16 flags, got {count}"):
         backward(*(arguments | {"needed": [True] * count}).values())
 
 

@@ -205,30 +205,31 @@ def one_thread() -> Iterator[None]:
     [
         (1, torch.zeros(8, 3), "weight_ih"),
         (2, torch.zeros(8), "weight_hh"),
-        (5, torch.zeros(2, 2, dtype=torch.float64), "initial_hidden"),
-        (7, torch.zeros(3, dtype=torch.int64), "lengths"),
-        (9, None, "seed"),
-        (24, [0.0], "rates"),
+        (5, torch.zeros(2, 2), "weight_hr"),
+        (6, torch.zeros(2, 2, dtype=torch.float64), "initial_hidden"),
+        (8, torch.zeros(3, dtype=torch.int64), "lengths"),
+        (10, None, "seed"),
+        (27, [0.0], "rates"),
     ],
 )
 @pytest.mark.parametrize("end", ["forward", "backward"])
 def test_arguments_that_do_not_fit_are_refused(end: str, place: int, wrong: object, name: str) -> None:
     input, weight_ih, weight_hh = torch.zeros(4, 2, 3), torch.zeros(8, 3), torch.zeros(8, 2)
-    rates, options = [0.0] * 8 + [0.5], [0, 0, 1, *[0] * 10, 1]
-    arguments: list[object] = [input, weight_ih, weight_hh, *[None] * 6, torch.tensor(1), *[None] * 14, rates, options]
+    rates, options = [0.0] * 8 + [0.5], [0, 0, 1, *[0] * 10, 1, 1]
+    arguments: list[object] = [input, weight_ih, weight_hh, *[None] * 7, torch.tensor(1), *[None] * 16, rates, options]
     arguments[place] = wrong if place != 1 else torch.zeros(8, 4)
     arguments.append(0.0)
     if end == "backward":
         saved = [torch.zeros(4, 2, 2), torch.zeros(4, 2, 2), torch.zeros(4, 2, 8), *[torch.zeros(0)] * 4]
-        arguments = [*[None] * 4, *arguments[:24], *saved, *arguments[24:], [True] * 13]
+        arguments = [*[None] * 4, *arguments[:27], *saved, *arguments[27:], [True] * 14 + [False] * 2]
     with pytest.raises(RuntimeError, match=name):
         getattr(layer, end)(*arguments)
 
 
 def test_what_was_not_saved_is_refused() -> None:
     input, weight_ih, weight_hh = torch.zeros(4, 2, 3), torch.zeros(8, 3), torch.zeros(8, 2)
-    given = [*[None] * 4, input, weight_ih, weight_hh, *[None] * 21]
+    given = [*[None] * 4, input, weight_ih, weight_hh, *[None] * 24]
     kept = [torch.zeros(4, 2, 2), torch.zeros(4, 2, 2), torch.zeros(4, 2, 7), *[torch.zeros(0)] * 4]
     for save, name in ((0, "saved for the backward"), (1, "gates")):
         with pytest.raises(RuntimeError, match=name):
-            layer.backward(*given, *kept, [0.0] * 9, [*[0] * 13, save], 0.0, [True] * 13)
+            layer.backward(*given, *kept, [0.0] * 9, [*[0] * 13, save, 1], 0.0, [True] * 14 + [False] * 2)

@@ -174,12 +174,7 @@ def run(name: str, *, rates: float = 1.0, **case_fields: Any) -> None:
 
     case = LayerCase(name, regularization=REGULARIZERS[name], ragged=True, resets=True, input_size=8, **case_fields)
     given = make_arguments(case, 0)
-    weights = given.parameters
-    extras: tuple[Any, ...] = (None,) * 14
-    if case.options.norm is not None:
-        extras = (*weights[5:11], *(given.running or (None,) * 8))
-    tensors = (given.input, *weights[:4], given.initial_hidden, given.initial_cell)
-    tensors = (*tensors, given.lengths, given.reset, given.seed, *extras)
+    tensors = given.tensors()
     changed, options, eps = encode_options(case.options, SAVE_RECOMPUTE if case.recompute else SAVE_GATES)
     encoded = ([rate * rates for rate in changed], options, eps)
     output, _, _, cells, hidden, *saved = forward(*tensors, *encoded)

@@ -1,7 +1,8 @@
 // What a kernel is given: plain structs, shared by every backend, that know nothing of torch.
 //
-// Names: T steps, B rows, I input features, H hidden units. Gates are stacked in the order i, f, g, o.
-// A step is processed at index s; t is its position in the input. Forward: t = s; reverse: t = len_b - 1 - s.
+// Names: T steps, B rows, I input features, H hidden units, P units of h (H without a projection). Gates are stacked in
+// the order i, f, g, o. A step is processed at index s; t is its position in the input. Forward: t = s; reverse: t =
+// len_b - 1 - s.
 #pragma once
 
 #include <cstdint>
@@ -49,8 +50,9 @@ struct Options {
   bool norm_input_sequence = false;  // input_statistics="sequence"
   bool return_cells = false;
   Save save = Save::Nothing;
+  int32_t gradient_groups = 1;  // backward: every parameter's gradient comes once for each such group of rows
 };
-constexpr int kNumberOfOptions = 14;
+constexpr int kNumberOfOptions = 15;
 
 // Mean and variance that batch norm reads in evaluation, and at steps with one valid row: rows of `width`
 // values (4H; H for the cell) in the compute type. index[s] is the row for step s, or -1 for mean 0, variance 1.
@@ -79,18 +81,24 @@ struct NormParameters {
 // Everything is contiguous except `input`, whose features are contiguous and whose steps and rows are strided.
 struct LayerInputs {
   ScalarType dtype = ScalarType::Float32;
-  int64_t steps = 0, rows = 0, input_size = 0, hidden_size = 0;
+  int64_t steps = 0, rows = 0, input_size = 0, hidden_size = 0, projected_size = 0;
   Rates rates;
   Options options;
   double norm_eps = 0;
-  uint64_t seed = 0;
+  // Rows are `groups` groups of consecutive rows, each with a (seed, first_step): its key, rows counted from 0, steps
+  // counted from first_step. Weights are drawn from the first group's seed. CPU: `seeds` (groups, 2), null where
+  // nothing is drawn. A device reads the operator's tensor itself: one seed, or with `grouped_seed` such pairs.
+  int64_t groups = 1;
+  const int64_t* seeds = nullptr;
+  bool grouped_seed = false;
   const void* input = nullptr;                          // (T, B, I) storage
   int64_t input_step_stride = 0, input_row_stride = 0;  // in elements
   const void* weight_ih = nullptr;                      // (4H, I) storage
-  const void* weight_hh = nullptr;                      // (4H, H) storage
+  const void* weight_hh = nullptr;                      // (4H, P) storage
   const void* bias_ih = nullptr;                        // (4H,) storage, or null
   const void* bias_hh = nullptr;                        // (4H,) storage, or null
-  const void* initial_hidden = nullptr;                 // (B, H) storage, or null for zeros
+  const void* weight_hr = nullptr;                      // (P, H) storage, or null without a projection
+  const void* initial_hidden = nullptr;                 // (B, P) storage, or null for zeros
   const void* initial_cell = nullptr;                   // (B, H) compute, or null for zeros
   const int64_t* lengths = nullptr;                     // (B,), clamped to [0, T] by the kernel; null: all T
   const bool* reset = nullptr;                          // (T, B), or null
@@ -100,11 +108,11 @@ struct LayerInputs {
 
 // What the forward writes. Null where not wanted; every element of what is not null is written.
 struct LayerOutputs {
-  void* output = nullptr;        // (T, B, H) storage: y, 0 in padding
-  void* final_hidden = nullptr;  // (B, H) storage
+  void* output = nullptr;        // (T, B, P) storage: y, 0 in padding
+  void* final_hidden = nullptr;  // (B, P) storage
   void* final_cell = nullptr;    // (B, H) compute
   void* cells = nullptr;         // (T, B, H) compute: the carried c_s at position t, 0 in padding
-  void* hidden = nullptr;        // (T, B, H) storage: the carried h_s, 0 in padding; only where it differs from output
+  void* hidden = nullptr;        // (T, B, P) storage: the carried h_s, 0 in padding; only where it differs from output
   // (T, B, 4H): i, f, g, o activated; with a norm the raw a = h W_hh^T; 0 in padding. Of the compute type, but of
   // 16-bit fixed point (int16) for activated gates beside 16-bit inputs.
   void* gates = nullptr;
@@ -126,17 +134,18 @@ struct ForwardParams {
 struct BackwardParams {
   LayerInputs in;
   LayerOutputs saved;                 // hidden: the carried h_s, whether or not it is the output
-  const void* grad_output = nullptr;  // (T, B, H) storage, or null
+  const void* grad_output = nullptr;  // (T, B, P) storage, or null
   int64_t grad_output_step_stride = 0, grad_output_row_stride = 0;  // in elements; units contiguous
-  const void* grad_final_hidden = nullptr;                          // (B, H) storage, or null
+  const void* grad_final_hidden = nullptr;                          // (B, P) storage, or null
   const void* grad_final_cell = nullptr;                            // (B, H) compute, or null
   const void* grad_cells = nullptr;                                 // (T, B, H) compute, or null
-  // Results; null where not wanted.
+  // Results; null where not wanted. With gradient_groups > 1 those of parameters have that many in front.
   void* grad_input = nullptr;              // (T, B, I) storage, 0 in padding
   void* grad_weight_ih = nullptr;          // (4H, I) storage
-  void* grad_weight_hh = nullptr;          // (4H, H) storage
+  void* grad_weight_hh = nullptr;          // (4H, P) storage
   void* grad_bias = nullptr;               // (4H,) storage: the gradient of each of the two biases
-  void* grad_initial_hidden = nullptr;     // (B, H) storage
+  void* grad_weight_hr = nullptr;          // (P, H) storage
+  void* grad_initial_hidden = nullptr;     // (B, P) storage
   void* grad_initial_cell = nullptr;       // (B, H) compute
   void* grad_norm_input_weight = nullptr;  // (4H,) storage, and so on
   void* grad_norm_input_bias = nullptr;
@@ -144,6 +153,10 @@ struct BackwardParams {
   void* grad_norm_recurrent_bias = nullptr;
   void* grad_norm_cell_weight = nullptr;  // (H,)
   void* grad_norm_cell_bias = nullptr;
+  // By position t, 0 in padding: what reaches the carried h_s, and what reaches the cell of step s wherever it is read,
+  // by h~_s and as the carried c_s.
+  void* grad_hidden_probe = nullptr;  // (T, B, P) storage
+  void* grad_cell_probe = nullptr;    // (T, B, H) compute
 };
 
 }  // namespace fusedreg

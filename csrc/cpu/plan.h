@@ -111,7 +111,8 @@ struct Plan {
     zoneout_cell = zoneout_site<Compute>(rates.zoneout_cell, training);
     if (!zoneout_hidden.drawn && rates.zoneout_hidden == 0) zoneout_hidden.expectation = 0;
     if (!zoneout_cell.drawn && rates.zoneout_cell == 0) zoneout_cell.expectation = 0;
-    key = {static_cast<uint32_t>(in.seed), static_cast<uint32_t>(in.seed >> 32),
+    const uint64_t seed = in.seeds == nullptr ? 0 : static_cast<uint64_t>(in.seeds[0]);
+    key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
            static_cast<uint32_t>(options.layer) * 2u + (options.reverse ? 1u : 0u)};
     step_words = zoneout_hidden.drawn || zoneout_cell.drawn || dropout.drawn ||
                  (update_dropout.drawn && !options.update_mask_sequence);

@@ -18,7 +18,7 @@ namespace fusedreg::cuda {
 
 // What both directions read.
 struct LoopInputs {
-  LayerInputs in;           // sizes, options, rates; device pointers. `in.seed` is unused
+  LayerInputs in;           // sizes, options, rates; device pointers. `in.seeds` is unused
   const int64_t* seed;      // device, 0-dimensional; null where nothing is drawn
   int64_t running_rows;     // rows of the running recurrent and cell statistics: indices are clamped to [-1, rows - 1]
   const void* weight_hh;    // (4H, H) storage, 0 where M_w drops and unscaled elsewhere: masks.cuh, recurrent_scale()

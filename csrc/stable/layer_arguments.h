@@ -45,7 +45,7 @@ struct SavedTensors {
 // Shapes and types of one layer's tensors: what both the checks and the allocations go by.
 struct LayerShapes {
   ScalarType storage, compute;
-  int64_t steps, rows, input_size, hidden_size;
+  int64_t steps, rows, input_size, hidden_size, projected_size;
 
   // Activated gates beside 16-bit inputs are kept in fixed point; everything else of a gate in the compute type.
   ScalarType kept_gates(const Options& options) const {
@@ -53,8 +53,10 @@ struct LayerShapes {
     return narrow && options.norm == NormKind::None ? ScalarType::Short : compute;
   }
   Shape gates() const { return {steps, rows, 4 * hidden_size}; }
-  Shape states() const { return {steps, rows, hidden_size}; }
-  Shape state() const { return {rows, hidden_size}; }
+  Shape hiddens() const { return {steps, rows, projected_size}; }
+  Shape hidden() const { return {rows, projected_size}; }
+  Shape cells() const { return {steps, rows, hidden_size}; }
+  Shape cell() const { return {rows, hidden_size}; }
   // Batch norm: one row a processed step, or one in all; layer norm: one value a step and row.
   Shape statistics(const Options& options, bool input, int64_t width) const {
     if (options.norm == NormKind::Layer) return {steps, 2, rows};
@@ -73,10 +75,10 @@ enum class Place {
 class LayerArguments {
  public:
   LayerArguments(const char* operator_name, ArgumentReader& reader, bool with_saved) : name_(operator_name) {
-    reader.take_into(input, weight_ih_, weight_hh_, bias_ih_, bias_hh_, initial_hidden_, initial_cell_, lengths_,
-                     reset_, seed_);
+    reader.take_into(input, weight_ih_, weight_hh_, bias_ih_, bias_hh_, weight_hr_, initial_hidden_, initial_cell_,
+                     lengths_, reset_, seed_);
     for (NormTensors& norm : norms_) reader.take_into(norm.weight, norm.bias);
-    reader.take_into(running_index_, running_input_index_);
+    reader.take_into(hidden_probe_, cell_probe_, running_index_, running_input_index_);
     for (NormTensors& norm : norms_) reader.take_into(norm.running_mean, norm.running_var);
     if (with_saved) {
       saved_.emplace();
@@ -94,15 +96,22 @@ class LayerArguments {
     const int64_t gates = 4 * shapes.hidden_size;
     expect.check_strided("input", input, shapes.storage, "(T, B, I)", shape_of(input));
     expect.check_contiguous("weight_ih", weight_ih_, shapes.storage, "(4H, I)", {gates, shapes.input_size});
-    expect.check_contiguous("weight_hh", weight_hh_, shapes.storage, "(4H, H)", {gates, shapes.hidden_size});
+    expect.check_contiguous("weight_hh", weight_hh_, shapes.storage, weight_hr_ ? "(4H, P)" : "(4H, H)",
+                            {gates, shapes.projected_size});
     expect.check_contiguous("bias_ih", bias_ih_, shapes.storage, "(4H,)", {gates});
     expect.check_contiguous("bias_hh", bias_hh_, shapes.storage, "(4H,)", {gates});
-    expect.check_contiguous("initial_hidden", initial_hidden_, shapes.storage, "(B, H)", shapes.state());
-    expect.check_contiguous("initial_cell", initial_cell_, shapes.compute, "(B, H)", shapes.state());
+    expect.check_contiguous("weight_hr", weight_hr_, shapes.storage, "(P, H)",
+                            {shapes.projected_size, shapes.hidden_size});
+    expect.check_contiguous("initial_hidden", initial_hidden_, shapes.storage, "(B, P)", shapes.hidden());
+    expect.check_contiguous("initial_cell", initial_cell_, shapes.compute, "(B, H)", shapes.cell());
     expect.check_contiguous("lengths", lengths_, ScalarType::Long, "(B,)", {shapes.rows});
     expect.check_contiguous("reset", reset_, ScalarType::Bool, "(T, B)", {shapes.steps, shapes.rows});
     if (options.norm != NormKind::None) check_norm_parameters();
     if (options.norm == NormKind::Batch) check_running_statistics();
+    // Probes are not read: any strides will do.
+    if (hidden_probe_) expect.check("hidden_probe", *hidden_probe_, shapes.storage, "(T, B, P)", shapes.hiddens());
+    if (cell_probe_) expect.check("cell_probe", *cell_probe_, shapes.compute, "(T, B, H)", shapes.cells());
+    if (draws()) check_seed();
     return pointers();
   }
 
@@ -112,8 +121,8 @@ class LayerArguments {
     const bool has_norm = options.norm != NormKind::None;
     const bool has_gates = options.save == Save::Gates;
     LayerOutputs saved;
-    saved.cells = checked_saved("cells", saved_->cells, shapes.compute, shapes.states(), true);
-    saved.hidden = checked_saved("hidden", saved_->hidden, shapes.storage, shapes.states(), true);
+    saved.cells = checked_saved("cells", saved_->cells, shapes.compute, shapes.cells(), true);
+    saved.hidden = checked_saved("hidden", saved_->hidden, shapes.storage, shapes.hiddens(), true);
     saved.gates = checked_saved("gates", saved_->gates, shapes.kept_gates(options), shapes.gates(), has_gates);
     saved.input_gates =
         checked_saved("input_gates", saved_->input_gates, shapes.compute, shapes.gates(), has_gates && has_norm);
@@ -148,6 +157,18 @@ class LayerArguments {
     }
   }
 
+  // Fails unless the rows are `groups` groups of as many rows, which have no statistics in common.
+  void check_groups(const char* argument, int64_t groups) const {
+    if (groups < 1 || shapes.rows % groups != 0) {
+      fail(name_, ": ", argument, ": expected a number of groups that divides the ", shapes.rows, " rows, got ",
+           groups);
+    }
+    if (groups > 1 && options.training && options.norm == NormKind::Batch) {
+      fail(name_, ": ", argument, ": expected one group with a batch norm in training, whose statistics are over all ",
+           "rows, got ", groups, "; call once a group");
+    }
+  }
+
   Tensor input;
   Options options;
   Rates rates;
@@ -171,8 +192,9 @@ class LayerArguments {
       fail(name_, ": input: expected shape (T, B, I) with T >= 1, got ", text(input_shape));
     }
     const Shape weight_shape = shape_of(weight_hh_);
-    if (weight_shape.size() != 2 || weight_shape[1] == 0) {
-      fail(name_, ": weight_hh: expected shape (4H, H) with H >= 1, got ", text(weight_shape));
+    if (weight_shape.size() != 2 || weight_shape[1] == 0 || (weight_hr_ && weight_shape[0] < 4)) {
+      fail(name_, ": weight_hh: expected shape ", weight_hr_ ? "(4H, P) with H and P >= 1" : "(4H, H) with H >= 1",
+           ", got ", text(weight_shape));
     }
     const ScalarType type = input.scalar_type();
     if (type != ScalarType::Float && type != ScalarType::Double && type != ScalarType::BFloat16 &&
@@ -181,9 +203,12 @@ class LayerArguments {
            "; convert it with .to()");
     }
     const ScalarType compute = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    shapes = {type, compute, input_shape[0], input_shape[1], input_shape[2], weight_shape[1]};
+    const int64_t projected_size = weight_shape[1];
+    const int64_t hidden_size = weight_hr_ ? weight_shape[0] / 4 : projected_size;
+    shapes = {type, compute, input_shape[0], input_shape[1], input_shape[2], hidden_size, projected_size};
     // Row and step numbers are 32-bit words of the masks' counter; sizes are multiplied by 4 below.
-    for (const int64_t size : {shapes.steps, shapes.rows, shapes.input_size, shapes.hidden_size}) {
+    for (const int64_t size :
+         {shapes.steps, shapes.rows, shapes.input_size, shapes.hidden_size, shapes.projected_size}) {
       if (size >= (int64_t{1} << 31) - 4) fail(name_, ": input: expected sizes below 2^31, got ", text(input_shape));
     }
   }
@@ -275,10 +300,13 @@ class LayerArguments {
     in.rows = shapes.rows;
     in.input_size = shapes.input_size;
     in.hidden_size = shapes.hidden_size;
+    in.projected_size = shapes.projected_size;
     in.rates = rates;
     in.options = options;
     in.norm_eps = norm_eps_;
-    in.seed = seed();
+    in.groups = groups_;
+    in.grouped_seed = grouped_seed_;
+    if (draws() && place_ == Place::Cpu) in.seeds = grouped_seed_ ? seed_values() : one_seed_;
     in.input = pointer(input);
     in.input_step_stride = input.stride(0);
     in.input_row_stride = input.stride(1);
@@ -286,6 +314,7 @@ class LayerArguments {
     in.weight_hh = pointer(weight_hh_);
     in.bias_ih = pointer(bias_ih_);
     in.bias_hh = pointer(bias_hh_);
+    in.weight_hr = pointer(weight_hr_);
     in.initial_hidden = pointer(initial_hidden_);
     in.initial_cell = pointer(initial_cell_);
     in.lengths = static_cast<const int64_t*>(pointer(lengths_));
@@ -312,21 +341,42 @@ class LayerArguments {
     return options.training && std::any_of(rates_.begin(), rates_.end(), [](double rate) { return rate > 0.0; });
   }
 
-  // The value on the host; on a device it is read by the kernels, from where seed_pointer() says.
-  uint64_t seed() const {
-    if (!draws()) return 0;
+  const int64_t* seed_values() const { return static_cast<const int64_t*>(pointer(*seed_)); }
+
+  // One seed, or (S, 2) pairs of a seed and a first step. On a device kernels read them, from where seed_pointer()
+  // says.
+  void check_seed() {
     if (!seed_) fail(name_, ": seed: expected a 0-dimensional int64 tensor, since a rate is active, got None");
-    expect.check("seed", *seed_, ScalarType::Long, "()", {});
-    return place_ == Place::Cpu ? static_cast<uint64_t>(*static_cast<const int64_t*>(pointer(*seed_))) : 0;
+    const Shape shape = shape_of(*seed_);
+    grouped_seed_ = shape.size() == 2;
+    if (!grouped_seed_) {
+      expect.check("seed", *seed_, ScalarType::Long, "()", {});
+      if (place_ == Place::Cpu) one_seed_[0] = *seed_values();
+      return;
+    }
+    expect.check_contiguous("seed", *seed_, ScalarType::Long, "(S, 2)", {shape[0], 2});
+    groups_ = shape[0];
+    check_groups("seed", groups_);
+    for (int64_t group = 0; place_ == Place::Cpu && group < groups_; ++group) {
+      const int64_t first_step = seed_values()[2 * group + 1];
+      if (first_step >= 0 && first_step < kFirstFamily - shapes.steps) continue;
+      fail(name_, ": seed: expected first steps of 0 to ", kFirstFamily - shapes.steps - 1, ", got ", first_step);
+    }
   }
+
+  // Below these words of the masks' counter there are steps, above them families that are drawn once a call.
+  static constexpr int64_t kFirstFamily = 0xFFFFFFFB;
 
   const char* name_;
   Place place_ = Place::Cpu;
   Tensor weight_ih_, weight_hh_;
-  OptionalTensor bias_ih_, bias_hh_, initial_hidden_, initial_cell_, lengths_, reset_, seed_;
+  OptionalTensor bias_ih_, bias_hh_, weight_hr_, initial_hidden_, initial_cell_, lengths_, reset_, seed_;
   NormTensors norms_[3];
   int64_t running_rows_[3] = {kNoRows, kNoRows, kNoRows};  // the fewest of each site's
-  OptionalTensor running_index_, running_input_index_;
+  OptionalTensor hidden_probe_, cell_probe_, running_index_, running_input_index_;
+  int64_t groups_ = 1;
+  bool grouped_seed_ = false;
+  int64_t one_seed_[2] = {0, 0};       // and the first step
   std::optional<SavedTensors> saved_;  // an empty Tensor costs an allocation, so the forward has none
   std::vector<double> rates_;
   std::vector<int64_t> options_;

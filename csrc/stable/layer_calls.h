@@ -2,12 +2,28 @@
 // the structs that kernels take. The same for every device.
 #pragma once
 
+#include <initializer_list>
 #include <string>
 #include <vector>
 
 #include "layer_arguments.h"
 
 namespace fusedreg::stable {
+
+// What the kernels of a device do not have yet. Whoever calls an operator is told, and gets nothing that is wrong.
+struct Missing {
+  bool projection = false, grouped_seed = false, probes = false, gradient_groups = false;
+
+  void check(const char* name, const LayerInputs& in) const {
+    if (projection && in.weight_hr != nullptr) {
+      fail(name, ": weight_hr: expected None, for these kernels have no projection, got a tensor; call the reference");
+    }
+    if (grouped_seed && in.grouped_seed) {
+      fail(name, ": seed: expected a 0-dimensional tensor, for these kernels take one seed a call, got (S, 2); call ",
+           "once a group");
+    }
+  }
+};
 
 // An operator's results, in the schema's order. An absent one is an empty tensor of shape (0,), never a view of
 // another.
@@ -36,7 +52,8 @@ class ForwardCall {
  public:
   static constexpr const char* kName = "fusedreg::lstm_layer_forward";
 
-  ForwardCall(StableIValue* stack, Place place) : ForwardCall(ArgumentReader(stack), place) {}
+  ForwardCall(StableIValue* stack, Place place, const Missing& missing)
+      : ForwardCall(ArgumentReader(stack), place, missing) {}
   ForwardCall(const ForwardCall&) = delete;
 
   LayerArguments layer;
@@ -44,8 +61,13 @@ class ForwardCall {
   ForwardParams params;
 
  private:
-  ForwardCall(ArgumentReader reader, Place place) : layer(kName, reader, /*with_saved=*/false), results(layer) {
+  ForwardCall(ArgumentReader reader, Place place, const Missing& missing)
+      : layer(kName, reader, /*with_saved=*/false), results(layer) {
     params.in = layer.check(place);
+    missing.check(kName, params.in);
+    if (layer.options.gradient_groups > 1) {
+      fail(kName, ": options[14]: expected 0 or 1 gradient groups in the forward, got ", layer.options.gradient_groups);
+    }
     allocate();
   }
 
@@ -64,11 +86,11 @@ class ForwardCall {
     const int64_t width = 4 * shapes.hidden_size;
 
     LayerOutputs& out = params.out;
-    out.output = results.add(true, shapes.states(), shapes.storage);
-    out.final_hidden = results.add(true, shapes.state(), shapes.storage);
-    out.final_cell = results.add(true, shapes.state(), shapes.compute);
-    out.cells = results.add(save || options.return_cells, shapes.states(), shapes.compute);
-    out.hidden = results.add(save && output_differs, shapes.states(), shapes.storage);
+    out.output = results.add(true, shapes.hiddens(), shapes.storage);
+    out.final_hidden = results.add(true, shapes.hidden(), shapes.storage);
+    out.final_cell = results.add(true, shapes.cell(), shapes.compute);
+    out.cells = results.add(save || options.return_cells, shapes.cells(), shapes.compute);
+    out.hidden = results.add(save && output_differs, shapes.hiddens(), shapes.storage);
     out.gates = results.add(save_gates, shapes.gates(), shapes.kept_gates(options));
     out.input_gates = results.add(save_gates && has_norm, shapes.gates(), shapes.compute);
     out.input_statistics =
@@ -80,13 +102,14 @@ class ForwardCall {
   }
 };
 
-// Which of the 13 results of the backward are wanted, in their order.
+// Which of the 16 results of the backward are wanted, in their order.
 enum Gradient {
   kInput,
   kWeightIh,
   kWeightHh,
   kBiasIh,
   kBiasHh,
+  kWeightHr,
   kInitialHidden,
   kInitialCell,
   kNormInputWeight,
@@ -95,6 +118,8 @@ enum Gradient {
   kNormRecurrentBias,
   kNormCellWeight,
   kNormCellBias,
+  kHiddenProbe,
+  kCellProbe,
   kNumberOfGradients
 };
 
@@ -102,7 +127,8 @@ class BackwardCall {
  public:
   static constexpr const char* kName = "fusedreg::lstm_layer_backward";
 
-  BackwardCall(StableIValue* stack, Place place) : BackwardCall(ArgumentReader(stack), place) {}
+  BackwardCall(StableIValue* stack, Place place, const Missing& missing)
+      : BackwardCall(ArgumentReader(stack), place, missing) {}
   BackwardCall(const BackwardCall&) = delete;
 
   OptionalTensor grad_output, grad_final_hidden, grad_final_cell, grad_cells;
@@ -113,13 +139,23 @@ class BackwardCall {
   void* second_grad_bias = nullptr;
 
  private:
-  BackwardCall(ArgumentReader reader, Place place)
+  BackwardCall(ArgumentReader reader, Place place, const Missing& missing)
       : layer(kName, take_gradients(reader), /*with_saved=*/true), results(layer) {
     const auto needed = reader.take<std::vector<bool>>();
     params.in = layer.check(place);
     params.saved = layer.check_saved();
     if (needed.size() != kNumberOfGradients) {
       fail(kName, ": needed: expected ", int{kNumberOfGradients}, " flags, got ", needed.size());
+    }
+    missing.check(kName, params.in);
+    if (missing.probes && (needed[kHiddenProbe] || needed[kCellProbe])) {
+      fail(kName, ": needed: these kernels have no gradients of probes; call the reference");
+    }
+    const int64_t groups = layer.options.gradient_groups;
+    if (groups > 1) layer.check_groups("options[14]", groups);
+    if (groups > 1 && missing.gradient_groups) {
+      fail(kName, ": options[14]: expected 0 or 1 gradient groups with these kernels, got ", groups,
+           "; call once a group");
     }
     check_gradients();
     allocate(needed);
@@ -133,14 +169,14 @@ class BackwardCall {
   void check_gradients() {
     const LayerShapes& shapes = layer.shapes;
     if (grad_output) {
-      layer.expect.check_strided("grad_output", *grad_output, shapes.storage, "(T, B, H)", shapes.states());
+      layer.expect.check_strided("grad_output", *grad_output, shapes.storage, "(T, B, P)", shapes.hiddens());
       params.grad_output = pointer(grad_output);
       params.grad_output_step_stride = grad_output->stride(0);
       params.grad_output_row_stride = grad_output->stride(1);
     }
-    layer.expect.check_contiguous("grad_final_hidden", grad_final_hidden, shapes.storage, "(B, H)", shapes.state());
-    layer.expect.check_contiguous("grad_final_cell", grad_final_cell, shapes.compute, "(B, H)", shapes.state());
-    layer.expect.check_contiguous("grad_cells", grad_cells, shapes.compute, "(T, B, H)", shapes.states());
+    layer.expect.check_contiguous("grad_final_hidden", grad_final_hidden, shapes.storage, "(B, P)", shapes.hidden());
+    layer.expect.check_contiguous("grad_final_cell", grad_final_cell, shapes.compute, "(B, H)", shapes.cell());
+    layer.expect.check_contiguous("grad_cells", grad_cells, shapes.compute, "(T, B, H)", shapes.cells());
     params.grad_final_hidden = pointer(grad_final_hidden);
     params.grad_final_cell = pointer(grad_final_cell);
     params.grad_cells = pointer(grad_cells);
@@ -150,31 +186,42 @@ class BackwardCall {
     const LayerShapes& shapes = layer.shapes;
     const ScalarType storage = shapes.storage;
     const int64_t hidden_size = shapes.hidden_size;
-    const Shape gates = {4 * hidden_size};
-    const Shape units = {hidden_size};
+    const int64_t groups = layer.options.gradient_groups;
+    const auto of_parameter = [groups](std::initializer_list<int64_t> sizes) {
+      Shape shape = sizes;
+      if (groups > 1) shape.insert(shape.begin(), groups);
+      return shape;
+    };
+    const Shape gates = of_parameter({4 * hidden_size});
+    const Shape units = of_parameter({hidden_size});
     params.grad_input = results.add(needed[kInput], {shapes.steps, shapes.rows, shapes.input_size}, storage);
-    params.grad_weight_ih = results.add(needed[kWeightIh], {4 * hidden_size, shapes.input_size}, storage);
-    params.grad_weight_hh = results.add(needed[kWeightHh], {4 * hidden_size, hidden_size}, storage);
+    params.grad_weight_ih = results.add(needed[kWeightIh], of_parameter({4 * hidden_size, shapes.input_size}), storage);
+    params.grad_weight_hh =
+        results.add(needed[kWeightHh], of_parameter({4 * hidden_size, shapes.projected_size}), storage);
     void* const grad_bias_ih = results.add(needed[kBiasIh], gates, storage);
     void* const grad_bias_hh = results.add(needed[kBiasHh], gates, storage);
     params.grad_bias = grad_bias_ih != nullptr ? grad_bias_ih : grad_bias_hh;
     second_grad_bias = grad_bias_ih != nullptr ? grad_bias_hh : nullptr;
-    params.grad_initial_hidden = results.add(needed[kInitialHidden], shapes.state(), storage);
-    params.grad_initial_cell = results.add(needed[kInitialCell], shapes.state(), shapes.compute);
-    // A norm that is off leaves its parameters' gradients to be zeroed here.
-    const bool on = layer.options.norm != NormKind::None;
-    const auto add_norm = [&](Gradient which, const Shape& shape, bool site) -> void* {
+    // What is not there leaves its gradient to be zeroed here: a projection, and below the parameters of a norm.
+    const auto add_if = [&](Gradient which, const Shape& shape, bool there) -> void* {
       void* const data = results.add(needed[which], shape, storage);
-      if (on && site) return data;
+      if (there) return data;
       torch::stable::zero_(results[which]);
       return nullptr;
     };
-    params.grad_norm_input_weight = add_norm(kNormInputWeight, gates, layer.options.norm_input);
-    params.grad_norm_input_bias = add_norm(kNormInputBias, gates, layer.options.norm_input);
-    params.grad_norm_recurrent_weight = add_norm(kNormRecurrentWeight, gates, layer.options.norm_recurrent);
-    params.grad_norm_recurrent_bias = add_norm(kNormRecurrentBias, gates, layer.options.norm_recurrent);
-    params.grad_norm_cell_weight = add_norm(kNormCellWeight, units, layer.options.norm_cell);
-    params.grad_norm_cell_bias = add_norm(kNormCellBias, units, layer.options.norm_cell);
+    params.grad_weight_hr =
+        add_if(kWeightHr, of_parameter({shapes.projected_size, hidden_size}), params.in.weight_hr != nullptr);
+    params.grad_initial_hidden = results.add(needed[kInitialHidden], shapes.hidden(), storage);
+    params.grad_initial_cell = results.add(needed[kInitialCell], shapes.cell(), shapes.compute);
+    const Options& on = layer.options;  // without a norm all of its sites are off
+    params.grad_norm_input_weight = add_if(kNormInputWeight, gates, on.norm_input);
+    params.grad_norm_input_bias = add_if(kNormInputBias, gates, on.norm_input);
+    params.grad_norm_recurrent_weight = add_if(kNormRecurrentWeight, gates, on.norm_recurrent);
+    params.grad_norm_recurrent_bias = add_if(kNormRecurrentBias, gates, on.norm_recurrent);
+    params.grad_norm_cell_weight = add_if(kNormCellWeight, units, on.norm_cell);
+    params.grad_norm_cell_bias = add_if(kNormCellBias, units, on.norm_cell);
+    params.grad_hidden_probe = results.add(needed[kHiddenProbe], shapes.hiddens(), storage);
+    params.grad_cell_probe = results.add(needed[kCellProbe], shapes.cells(), shapes.compute);
   }
 };
 

@@ -1,6 +1,7 @@
 // The operators' `rates` and `options`, checked and turned into the structs of common/params.h.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -48,6 +49,7 @@ inline Options decode_options(const char* name, const std::vector<int64_t>& valu
   if (options.norm != NormKind::Batch) options.norm_input_sequence = false;
   options.return_cells = flag(12);
   options.save = static_cast<Save>(limit(13, 3));
+  options.gradient_groups = std::max(1, limit(14, int64_t{1} << 31));
   return options;
 }
 

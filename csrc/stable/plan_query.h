@@ -40,7 +40,7 @@ struct PlanQuery {
     in.steps = sizes[0];
     in.rows = sizes[1];
     in.input_size = sizes[2];
-    in.hidden_size = sizes[3];
+    in.hidden_size = in.projected_size = sizes[3];
     in.dtype = static_cast<fusedreg::ScalarType>(dtype);
     in.rates = decode_rates(name, rates);
     in.options = decode_options(name, options);

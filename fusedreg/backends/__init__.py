@@ -74,6 +74,7 @@ def resolve(
     *,
     proj_size: int = 0,
     process_group: bool = False,
+    probes: bool = False,
 ) -> str:
     """The backend that runs a call: ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
 
@@ -84,6 +85,7 @@ def resolve(
         dtype: of the input.
         proj_size: of the module, 0 without a projection.
         process_group: whether a batch norm shares its statistics between processes.
+        probes: whether probes are to be differentiated, see :data:`fusedreg.layer.Probes`.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -100,14 +102,16 @@ def resolve(
     if backend == "reference":
         return backend
     if backend != "auto":
-        reason = _MODULES[backend].unsupported(device, dtype, proj_size=proj_size, process_group=process_group)
+        reason = _MODULES[backend].unsupported(
+            device, dtype, proj_size=proj_size, process_group=process_group, probes=probes
+        )
         if reason is None:
             return backend
         raise RuntimeError(
             f"backend: {backend!r} cannot run this call: {reason}. backend='reference' runs it in plain torch, step "
             "by step."
         )
-    chosen, reasons = _choose(device, dtype, proj_size, process_group)
+    chosen, reasons = _choose(device, dtype, proj_size, process_group, probes)
     if chosen is None:
         raise RuntimeError(_no_backend(device, reasons))
     if chosen == "reference" and device.type != "meta":
@@ -116,12 +120,14 @@ def resolve(
 
 
 def _choose(
-    device: torch.device, dtype: torch.dtype, proj_size: int, process_group: bool
+    device: torch.device, dtype: torch.dtype, proj_size: int, process_group: bool, probes: bool = False
 ) -> tuple[str | None, dict[str, str]]:
     """What ``auto`` takes, ``None`` for nothing, and why those that come before it in the table cannot run the call."""
     reasons: dict[str, str] = {}
     for name in _PREFERRED.get(device.type, ()):
-        reason = _MODULES[name].unsupported(device, dtype, proj_size=proj_size, process_group=process_group)
+        reason = _MODULES[name].unsupported(
+            device, dtype, proj_size=proj_size, process_group=process_group, probes=probes
+        )
         if reason is None:
             return name, reasons
         reasons[name] = reason
@@ -129,7 +135,7 @@ def _choose(
         return "reference", reasons
     # On a GPU a missing file or package is an error, for someone expects a GPU's speed; what is left to the reference
     # by design is not.
-    by_design = without_kernel(dtype, proj_size=proj_size, process_group=process_group)
+    by_design = without_kernel(dtype, proj_size=proj_size, process_group=process_group, probes=probes)
     if device.type in _PREFERRED and by_design is not None:
         return "reference", reasons
     return None, reasons

@@ -9,7 +9,7 @@ import numpy
 import onnx_ir
 from onnxscript import opset18
 
-from fusedreg.encoding import NORM_BATCH, NORM_LAYER, NORM_NONE, TENSOR_ARGUMENTS
+from fusedreg.encoding import NORM_BATCH, NORM_LAYER, NORM_NONE, NUMBER_OF_TENSORS, TENSOR_ARGUMENTS
 from fusedreg.onnx import functions
 from fusedreg.regularization import RATE_NAMES
 
@@ -24,8 +24,8 @@ _IN_TRAINING = "ONNX export: expected a model in evaluation mode, got one in tra
 
 def layer(*arguments: Any) -> tuple[Any, ...]:
     """``fusedreg::lstm_layer_forward`` by ONNX operators."""
-    tensors = dict(zip(TENSOR_ARGUMENTS, arguments[:24], strict=True))
-    rates, options, norm_eps = arguments[24:]
+    tensors = dict(zip(TENSOR_ARGUMENTS, arguments[:NUMBER_OF_TENSORS], strict=True))
+    rates, options, norm_eps = arguments[NUMBER_OF_TENSORS:]
     return _Translation(tensors, dict(zip(RATE_NAMES, rates, strict=True)), options, norm_eps).results()
 
 
@@ -45,6 +45,10 @@ class _Translation:
             raise ValueError(
                 f"ONNX export: expected float32 or float64, got {tensors['input'].dtype.name}; export model.float() "
                 f"and convert the ONNX file"
+            )
+        if tensors["weight_hr"] is not None:
+            raise ValueError(
+                "ONNX export: expected an LSTM without proj_size, for ONNX's has none; pass backend='reference'"
             )
         self.hidden_size = int(tensors["weight_hh"].shape[1])
 

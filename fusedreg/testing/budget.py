@@ -89,10 +89,12 @@ def run_layer(
             ("input", arguments.input),
             ("initial_hidden", arguments.initial_hidden),
             ("initial_cell", arguments.initial_cell),
+            *zip(("hidden_probe", "cell_probe"), arguments.probes or (None, None), strict=True),
             *arguments.parameters._asdict().items(),
         )
         if value is not None
     }
+    probes = {"probes": (leaves["hidden_probe"], leaves["cell_probe"])} if arguments.probes is not None else {}
     with true_float32():
         result = implement(
             leaves["input"],
@@ -104,6 +106,7 @@ def run_layer(
             reset=arguments.reset,
             seed=arguments.seed,
             running=arguments.running,
+            **probes,
         )
         named = {name: getattr(result, name) for name in arguments.gradients if getattr(result, name) is not None}
         values = {name: value.detach() for name, value in named.items()}

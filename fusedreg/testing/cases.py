@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedreg.layer import FORWARD, LayerOptions, LayerParameters, RunningStatistics, compute_dtype
+from fusedreg.encoding import tensor_arguments
+from fusedreg.layer import FORWARD, LayerOptions, LayerParameters, Probes, RunningStatistics, compute_dtype
 from fusedreg.regularization import BatchNorm, Regularization
 
 
@@ -19,6 +20,7 @@ class LayerCase:
     """One layer in one direction: shapes, options, and which of the optional inputs it is given.
 
     ``ragged`` gives lengths from 0 to ``steps``; ``resets`` a reset mask that also hits step 0 and padding.
+    ``proj_size`` is ``P`` where there is a projection; ``probes`` are to be differentiated too.
     ``layer`` counts from 0 among ``num_layers``: between-layer dropout acts below the last only.
     """
 
@@ -40,11 +42,14 @@ class LayerCase:
     resets: bool = False
     bias: bool = True
     initial_state: bool = True
+    proj_size: int = 0
+    probes: bool = False
 
     @property
     def id(self) -> str:
         """The name, shape and type, for a test's id or a benchmark's row."""
         shape = f"T{self.steps}B{self.rows}I{self.input_size}H{self.hidden_size}"
+        shape += f"P{self.proj_size}" if self.proj_size else ""
         return f"{self.name}-{shape}-{str(self.dtype).removeprefix('torch.')}"
 
     @property
@@ -72,6 +77,21 @@ class LayerArguments(NamedTuple):
     seed: Tensor | None
     running: RunningStatistics | None
     gradients: dict[str, Tensor]
+    probes: Probes | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensor arguments of the operators, in their order."""
+        return tensor_arguments(
+            self.input,
+            self.initial_hidden,
+            self.initial_cell,
+            self.parameters,
+            self.lengths,
+            self.reset,
+            self.seed,
+            self.probes,
+            self.running,
+        )
 
     def to(self, dtype: torch.dtype) -> LayerArguments:
         """The same values in another type; what the layer takes in its compute type goes to that one."""
@@ -93,6 +113,7 @@ class LayerArguments(NamedTuple):
             if self.running is None
             else RunningStatistics(*(cast(value, compute) for value in self.running)),  # type: ignore[arg-type]
             gradients=gradients,
+            probes=None if self.probes is None else (cast(self.probes[0], dtype), cast(self.probes[1], compute)),
         )
 
 
@@ -106,6 +127,7 @@ def make_arguments(case: LayerCase, seed: int) -> LayerArguments:
     generator = torch.Generator().manual_seed(seed)
     dtype, device, compute = case.dtype, case.device, compute_dtype(case.dtype)
     steps, rows, inputs, hidden = case.steps, case.rows, case.input_size, case.hidden_size
+    outputs = case.proj_size or hidden
 
     def normal(*shape: int, to: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=to)
@@ -113,6 +135,9 @@ def make_arguments(case: LayerCase, seed: int) -> LayerArguments:
     def uniform(*shape: int, low: float, high: float, to: torch.dtype = dtype) -> Tensor:
         values = low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
         return values.to(device=device, dtype=to)
+
+    def zero(*shape: int, to: torch.dtype) -> Tensor:
+        return torch.zeros((), dtype=to, device=device).expand(shape)
 
     bound = 1.0 / math.sqrt(hidden)
     norm = case.options.norm
@@ -124,10 +149,10 @@ def make_arguments(case: LayerCase, seed: int) -> LayerArguments:
     layer_norm = norm is not None and not isinstance(norm, BatchNorm)
     parameters = LayerParameters(
         uniform(4 * hidden, inputs, low=-bound, high=bound),
-        uniform(4 * hidden, hidden, low=-bound, high=bound),
+        uniform(4 * hidden, outputs, low=-bound, high=bound),
         uniform(4 * hidden, low=-bound, high=bound) if case.bias else None,
         uniform(4 * hidden, low=-bound, high=bound) if case.bias else None,
-        None,
+        uniform(outputs, hidden, low=-bound, high=bound) if case.proj_size else None,
         *affine(norm is not None and norm.input, 4 * hidden, shift=layer_norm),
         *affine(norm is not None and norm.recurrent, 4 * hidden, shift=layer_norm, scale=0.2),
         *affine(norm is not None and norm.cell, hidden, shift=True),
@@ -138,7 +163,7 @@ def make_arguments(case: LayerCase, seed: int) -> LayerArguments:
     mask_seed = (seed * 0x9E3779B97F4A7C15 + 1) % 2**64 - 2**63
     return LayerArguments(
         input=normal(steps, rows, inputs),
-        initial_hidden=normal(rows, hidden) if case.initial_state else None,
+        initial_hidden=normal(rows, outputs) if case.initial_state else None,
         initial_cell=normal(rows, hidden, to=compute) if case.initial_state else None,
         parameters=parameters,
         lengths=lengths,
@@ -146,11 +171,12 @@ def make_arguments(case: LayerCase, seed: int) -> LayerArguments:
         seed=torch.tensor(mask_seed, dtype=torch.int64, device=device) if case.options.draws else None,
         running=_running_statistics(case, norm, normal, uniform) if isinstance(norm, BatchNorm) else None,
         gradients={
-            "output": normal(steps, rows, hidden),
-            "final_hidden": normal(rows, hidden),
+            "output": normal(steps, rows, outputs),
+            "final_hidden": normal(rows, outputs),
             "final_cell": normal(rows, hidden, to=compute),
             "cells": normal(steps, rows, hidden, to=compute),
         },
+        probes=(zero(steps, rows, outputs, to=dtype), zero(steps, rows, hidden, to=compute)) if case.probes else None,
     )
 
 

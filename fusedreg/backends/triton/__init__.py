@@ -73,7 +73,7 @@ interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(
-    device: torch.device, dtype: torch.dtype, *, proj_size: int = 0, process_group: bool = False
+    device: torch.device, dtype: torch.dtype, *, proj_size: int = 0, process_group: bool = False, probes: bool = False
 ) -> str | None:
     """Why these kernels cannot take a call, or ``None`` where they can.
 
@@ -82,8 +82,9 @@ def unsupported(
         dtype: of the input.
         proj_size: of the module, 0 without a projection.
         process_group: whether a batch norm shares its statistics between processes.
+        probes: whether probes are to be differentiated.
     """
-    reason = without_kernel(dtype, proj_size=proj_size, process_group=process_group)
+    reason = without_kernel(dtype, proj_size=proj_size, process_group=process_group, probes=probes)
     if reason is not None:
         return reason
     if dtype == torch.float64:

@@ -19,10 +19,10 @@ from fusedreg.backends.triton.before_loop import input_product, masked_input, ma
 from fusedreg.backends.triton.input_norm import normalised
 from fusedreg.backends.triton.layout import Layer, LoopInputs, loop_inputs, make_layer
 from fusedreg.backends.triton.norm_gradients import averaged_counts, term_sums, through_input_norm
-from fusedreg.encoding import NORM_LAYER, NORM_NONE, SAVE_RECOMPUTE
+from fusedreg.encoding import NORM_LAYER, NORM_NONE, NUMBER_OF_TENSORS, SAVE_RECOMPUTE
 from fusedreg.fakes import backward_fake
 
-_TENSORS = 24
+_TENSORS = NUMBER_OF_TENSORS
 
 
 class Kept(NamedTuple):
@@ -45,6 +45,7 @@ class Needed(NamedTuple):
     weight_hh: bool
     bias_ih: bool
     bias_hh: bool
+    weight_hr: bool
     initial_hidden: bool
     initial_cell: bool
     norm_input_weight: bool
@@ -53,6 +54,8 @@ class Needed(NamedTuple):
     norm_recurrent_bias: bool
     norm_cell_weight: bool
     norm_cell_bias: bool
+    hidden_probe: bool
+    cell_probe: bool
 
 
 class Terms(NamedTuple):

@@ -28,17 +28,21 @@ def _check(name: str, value: Tensor, like: Tensor, dtype: torch.dtype, shape: tu
 
 
 def check_arguments(tensors: Arguments, rates: Sequence[float], options: Sequence[int]) -> None:
-    """Types, sizes and devices of the 24 tensors, and how many rates and options there are."""
+    """Types, sizes and devices of the 27 tensors, and how many rates and options there are."""
     input, weight_hh = tensors.input, tensors.weight_hh
-    if len(rates) != 9 or len(options) != 14:
+    if len(rates) != 9 or len(options) != 15:
         raise RuntimeError(
-            f"{_NAME}: rates, options: expected 9 and 14 numbers, got {len(rates)} and {len(options)}; take them from "
+            f"{_NAME}: rates, options: expected 9 and 15 numbers, got {len(rates)} and {len(options)}; take them from "
             "fusedreg.ops.encode_options"
         )
     if input.dim() != 3 or input.dtype not in _DTYPES or input.shape[0] == 0 or weight_hh.dim() != 2:
         raise RuntimeError(
             f"{_NAME}: input, weight_hh: expected (T, B, I) with T > 0 in float32, bfloat16 or float16, and (4H, H), "
             f"got {tuple(input.shape)} in {input.dtype} and {tuple(weight_hh.shape)}; call fusedreg.LSTM"
+        )
+    if tensors.weight_hr is not None:
+        raise RuntimeError(
+            f"{_NAME}: weight_hr: expected None, for these kernels have no projection; call the reference"
         )
     steps, rows, width = input.shape
     size = weight_hh.shape[1]
@@ -79,6 +83,16 @@ def check_arguments(tensors: Arguments, rates: Sequence[float], options: Sequenc
             _check(name, value, input, dtype, shape)
         elif name in required:
             raise RuntimeError(f"{_NAME}: {name}: expected a tensor with these options, got None; call fusedreg.LSTM")
+
+
+def check_backward(options: Sequence[int], needed: Sequence[bool]) -> None:
+    """What these kernels do not have on the way back."""
+    if options[14] > 1:
+        raise RuntimeError(
+            f"{_NAME}_backward: options[14]: expected 0 or 1 gradient groups, got {options[14]}; call once a group"
+        )
+    if any(needed[-2:]):
+        raise RuntimeError(f"{_NAME}_backward: needed: these kernels have no gradients of probes; call the reference")
 
 
 def check_saved(tensors: Arguments, saved: Sequence[Tensor], options: Sequence[int]) -> None:

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from fusedreg.backends.triton.backward import layer_backward
 from fusedreg.backends.triton.before_loop import input_product, masked_input, masked_weight, summed_bias
-from fusedreg.backends.triton.checks import check_arguments, check_saved
+from fusedreg.backends.triton.checks import check_arguments, check_backward, check_saved
 from fusedreg.backends.triton.forward_loop import forward_loop
 from fusedreg.backends.triton.input_norm import input_statistics, normalised
 from fusedreg.backends.triton.layout import Arguments, ForwardResults, Layer, LoopInputs, loop_inputs, make_layer
+from fusedreg.encoding import NUMBER_OF_TENSORS
 from fusedreg.fakes import forward_fake
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """``fusedreg::triton_lstm_layer_forward``: the arguments and results of :mod:`fusedreg.schemas`."""
-    check_arguments(Arguments(*arguments[:24]), *arguments[24:26])
+    check_arguments(Arguments(*arguments[:NUMBER_OF_TENSORS]), *arguments[NUMBER_OF_TENSORS:-1])
     results = forward_fake(*arguments)  # empty tensors, here on a real device
     if results[0].shape[1] == 0:
         return tuple(value.zero_() for value in results)
@@ -33,9 +34,10 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def backward(*arguments: Any) -> tuple[Tensor, ...]:
     """``fusedreg::triton_lstm_layer_backward``: the arguments and results of :mod:`fusedreg.schemas`."""
-    tensors, rates, options = Arguments(*arguments[4:28]), *arguments[35:37]
+    tensors, rates, options = Arguments(*arguments[4 : 4 + NUMBER_OF_TENSORS]), *arguments[-4:-2]
     check_arguments(tensors, rates, options)
-    check_saved(tensors, arguments[28:35], options)
+    check_backward(options, arguments[-1])
+    check_saved(tensors, arguments[4 + NUMBER_OF_TENSORS : -4], options)
     with launching(arguments[4].device):
         return layer_backward(*arguments)
 

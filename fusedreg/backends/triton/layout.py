@@ -154,13 +154,14 @@ class Numbers(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """The 24 tensor arguments of the operators, by name and in their order."""
+    """The 27 tensor arguments of the operators, by name and in their order."""
 
     input: Tensor
     weight_ih: Tensor
     weight_hh: Tensor
     bias_ih: Tensor | None
     bias_hh: Tensor | None
+    weight_hr: Tensor | None
     initial_hidden: Tensor | None
     initial_cell: Tensor | None
     lengths: Tensor | None
@@ -172,6 +173,8 @@ class Arguments(NamedTuple):
     norm_recurrent_bias: Tensor | None
     norm_cell_weight: Tensor | None
     norm_cell_bias: Tensor | None
+    hidden_probe: Tensor | None
+    cell_probe: Tensor | None
     running_index: Tensor | None
     running_input_index: Tensor | None
     running_input_mean: Tensor | None
@@ -218,7 +221,7 @@ def make_layer(arguments: Sequence[Any]) -> Layer:
     """A call's arguments in the forms above.
 
     Args:
-        arguments: the forward operator's 27: 24 tensors, the rates, the options, the norm's eps.
+        arguments: the forward operator's 30: 27 tensors, the rates, the options, the norm's eps.
     """
     *given, rates, options, eps = arguments
     tensors = Arguments(*(_contiguous(name, value) for name, value in zip(TENSOR_ARGUMENTS, given, strict=True)))
@@ -233,7 +236,8 @@ def make_layer(arguments: Sequence[Any]) -> Layer:
 
 def _contiguous(name: str, value: Any) -> Any:
     # x is read by a product of its own, which takes it as it is.
-    return value if value is None or name == "input" else value.contiguous()
+    # Probes are not read.
+    return value if value is None or name in ("input", "hidden_probe", "cell_probe") else value.contiguous()
 
 
 def layer_flags(rates: Sequence[float], options: Sequence[int], dtype: torch.dtype, hidden_size: int) -> LayerFlags:
