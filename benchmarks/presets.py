@@ -86,6 +86,12 @@ SWEEP: tuple[Comparison, ...] = (
     *(Comparison(tier, ALL, "training") for tier in TIERS),
 )
 
+# What each regulariser costs: beside this library without it. Dropout between layers needs two of them.
+REGULARIZERS: tuple[Comparison, ...] = tuple(Comparison(variant, PLAIN, "training") for variant in (*SINGLE, ALL))
+REGULARIZER_CASES: tuple[Case, ...] = tuple(
+    case for case in CASES if case.name in ("small", "flashrnn", "zaremba-large")
+)
+
 
 # ``(T, B, H)`` of the loop alone: sizes that are bound by arithmetic, from a weight of 4 MB to one of 16 MB.
 LOOP_SIZES: tuple[tuple[int, int, int], ...] = ((64, 32, 512), (64, 64, 512), (32, 64, 1024))
@@ -143,6 +149,17 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         Preset("cpu", "cpu", "short", QUICK, seconds=5.0, character_model=True, check_width=256, loop_sizes=LOOP_SIZES),
         Preset("cpu-full", "cpu", "short", FULL, seconds=90.0, minimum_rounds=7, loop_sizes=LOOP_SIZES),
+        Preset(
+            "cpu-regularizers",
+            "cpu",
+            "short",
+            REGULARIZERS,
+            seconds=75.0,
+            minimum_rounds=7,
+            memory=False,
+            check_width=256,
+            cases=REGULARIZER_CASES,
+        ),
         Preset("gpu", "cuda", "full", GPU, GPU_DTYPES, seconds=10.0, minimum_rounds=5, check_width=256),
         Preset("gpu-quick", "cuda", "full", GPU_QUICK, GPU_DTYPES[:2], seconds=2.0, check_width=256),
         Preset(
