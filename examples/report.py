@@ -86,7 +86,9 @@ def print_tables(results: Results, console: Console) -> None:
     for part in results["columns"]:
         heading, rows = cells(results, part)
         # Text, not strings: square brackets are quartiles here and not markup.
-        table = Table(*(Text(text) for text in heading), title=Text(f"{results['example']}: {part}"))
+        table = Table(title=Text(f"{results['example']}: {part}"))
+        for text in heading:
+            table.add_column(Text(text))
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         console.print(table)
