@@ -26,8 +26,8 @@ namespace {
 
 using stable::ArgumentReader;
 
-constexpr stable::Missing kMissing{/*projection=*/true, /*grouped_seed=*/true, /*probes=*/true,
-                                   /*gradient_groups=*/true};
+constexpr stable::Missing kMissing{/*projection=*/true, /*grouped_seed=*/false, /*probes=*/true,
+                                   /*gradient_groups=*/false};
 
 // Set in the child of a fork. torch's OpenMP threads do not survive one, and libgomp then waits for them for ever.
 std::atomic<bool> forked{false};

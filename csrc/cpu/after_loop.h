@@ -31,12 +31,14 @@ class AfterLoop {
         }
         context.barrier.wait(share.workers);
       }
-      pack_all_panels(context, share, pairs);
+      for_each_group(plan, first_step, last_step,
+                     [&](const auto& of_group) { pack_all_panels(context, share, of_group); });
       context.barrier.wait(share.workers);
-      weight_gradients(context, share, pairs, !is_first);
+      for_each_group(plan, first_step, last_step,
+                     [&](const auto& of_group) { weight_gradients(context, share, of_group, !is_first); });
     }
     if (context.wants_input) input_gradient(context, share, first_step, first, last);
-    column_sums(context, share, first_step, pairs);
+    for_each_group(plan, first_step, last_step, [&](const auto& of_group) { column_sums(context, share, of_group); });
   }
 
   static void write_results(Context& context, const Share& share, bool no_steps) {
@@ -63,7 +65,8 @@ class AfterLoop {
   }
 
  private:
-  static void pack_all_panels(Context& context, const Share& share, int64_t pairs) {
+  template <class Pairs>
+  static void pack_all_panels(Context& context, const Share& share, const Pairs& pairs) {
     const Plan<Storage>& plan = context.plan;
     if (context.wants_weight_ih) {
       pack_copies(share, context.inputs, plan.input_stride, context.input_copies(), pairs, plan.padded_input,
@@ -75,37 +78,44 @@ class AfterLoop {
     }
   }
 
-  static void pack_copies(const Share& share, const Compute* rows, int64_t stride, int copies, int64_t pairs,
+  template <class Pairs>
+  static void pack_copies(const Share& share, const Compute* rows, int64_t stride, int copies, const Pairs& pairs,
                           int64_t padded_columns, Compute* panels) {
     const int64_t count = (padded_columns + panel_width - 1) / panel_width;
+    panels += pairs.before * copies * count * panel_width;
     int64_t first, last;
     split(count, 1, share.worker, share.workers, first, last);
     for (int copy = 0; copy < copies; ++copy) {
       pack_pair_panels<Compute>(rows + copy * stride, copies * stride, pairs, padded_columns, first, last,
-                                panels + copy * count * pairs * panel_width);
+                                panels + copy * count * pairs.count * panel_width);
     }
   }
 
-  static void weight_gradients(const Context& context, const Share& share, int64_t pairs, bool accumulate) {
+  template <class Pairs>
+  static void weight_gradients(const Context& context, const Share& share, const Pairs& pairs, bool accumulate) {
     const Plan<Storage>& plan = context.plan;
+    const int64_t hidden_width = rounded_up(plan.padded_hidden, panel_width);
+    const int64_t input_width = rounded_up(plan.padded_input, panel_width);
+    const Compute* hidden_panels = context.hidden_panels + pairs.before * context.hidden_copies() * hidden_width;
+    const Compute* input_panels = context.input_panels + pairs.before * context.input_copies() * input_width;
     int64_t first, last;
     split(plan.H, kTileRows, share.worker, share.workers, first, last);
     Compute* turned = context.room_of(share);
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t at = gate * plan.padded_hidden;
       if (context.wants_weight_hh) {
-        const int64_t copy = rounded_up(plan.padded_hidden, panel_width) * pairs;
+        const int64_t copy = hidden_width * pairs.count;
         weight_gradient<Compute>(context.grad_recurrent + at, plan.gate_stride,
-                                 context.hidden_panels + (plan.untied_hidden ? gate * copy : 0), pairs,
-                                 plan.padded_hidden, first, last, turned, context.gradient_hh.gate(gate),
+                                 hidden_panels + (plan.untied_hidden ? gate * copy : 0), pairs, plan.padded_hidden,
+                                 first, last, turned, context.gradient_hh.gate(gate, pairs.group),
                                  context.gradient_hh.row_stride, accumulate);
       }
       if (context.wants_weight_ih) {
-        const int64_t copy = rounded_up(plan.padded_input, panel_width) * pairs;
+        const int64_t copy = input_width * pairs.count;
         weight_gradient<Compute>(context.grad_input_gates + at, plan.gate_stride,
-                                 context.input_panels + (plan.untied_input ? gate * copy : 0), pairs, plan.padded_input,
-                                 first, last, turned, context.gradient_ih.gate(gate), context.gradient_ih.row_stride,
-                                 accumulate);
+                                 input_panels + (plan.untied_input ? gate * copy : 0), pairs, plan.padded_input, first,
+                                 last, turned, context.gradient_ih.gate(gate, pairs.group),
+                                 context.gradient_ih.row_stride, accumulate);
       }
     }
   }
@@ -153,27 +163,27 @@ class AfterLoop {
     }
   }
 
-  static void column_sums(const Context& context, const Share& share, int64_t first_step, int64_t pairs) {
+  template <class Pairs>
+  static void column_sums(const Context& context, const Share& share, const Pairs& pairs) {
     const Plan<Storage>& plan = context.plan;
+    Compute* gradient_bias = context.gradient_bias + pairs.group * 4 * plan.padded_hidden;
     int64_t first, last;
     split(plan.padded_hidden, width, share.worker, share.workers, first, last);
     for (int64_t unit = first; unit < last; unit += width) {
       if (context.wants_bias) {
         for (int gate = 0; gate < 4; ++gate) {
           const int64_t at = gate * plan.padded_hidden + unit;
-          V total = load<Compute>(context.gradient_bias + at);
-          for (int64_t begin = 0; begin < pairs; begin += kSummedInARow) {
-            const int64_t end = smaller(begin + kSummedInARow, pairs);
-            V sum{};
-            for (int64_t pair = begin; pair < end; ++pair) {
-              sum += load<Compute>(context.grad_gates + pair * plan.gate_stride + at);
-            }
+          V total = load<Compute>(gradient_bias + at), sum{};
+          pairs.for_each([&](int64_t n, int64_t pair) {
+            sum += load<Compute>(context.grad_gates + pair * plan.gate_stride + at);
+            if (n % kSummedInARow != kSummedInARow - 1) return;
             total += sum;
-          }
-          store<Compute>(context.gradient_bias + at, total);
+            sum = V{};
+          });
+          store<Compute>(gradient_bias + at, total + sum);
         }
       }
-      if (plan.in.options.norm == NormKind::Layer) layer_norm_column_sums(context, unit, first_step, pairs);
+      if (plan.in.options.norm == NormKind::Layer) layer_norm_column_sums(context, unit, pairs);
     }
   }
 
@@ -191,12 +201,14 @@ class AfterLoop {
           fill_weight_mask<Compute>(plan.weight_dropout, plan.key, plan.in.options.weight_mask_row, row, 0, columns,
                                     mask);
         }
-        const Compute* from = gradient.gate(gate) + unit * gradient.row_stride;
-        Storage* to = static_cast<Storage*>(result) + row * columns;
-        for (int64_t column = 0; column < columns; column += width) {
-          V value = no_steps ? V{} : load<Compute>(from + column);
-          if (dropped) value *= load<Compute>(mask + column);
-          store_some(to + column, value, static_cast<int>(smaller(width, columns - column)));
+        for (int64_t group = 0; group < plan.groups; ++group) {
+          const Compute* from = gradient.gate(gate, group) + unit * gradient.row_stride;
+          Storage* to = static_cast<Storage*>(result) + (group * 4 * plan.H + row) * columns;
+          for (int64_t column = 0; column < columns; column += width) {
+            V value = no_steps ? V{} : load<Compute>(from + column);
+            if (dropped) value *= load<Compute>(mask + column);
+            store_some(to + column, value, static_cast<int>(smaller(width, columns - column)));
+          }
         }
       }
     }
@@ -228,7 +240,7 @@ class AfterLoop {
   static void write_columns(const Context& context, const Compute* sums, int64_t gates, void* result) {
     if (result == nullptr) return;
     const Plan<Storage>& plan = context.plan;
-    for (int64_t gate = 0; gate < gates; ++gate) {
+    for (int64_t gate = 0; gate < gates * plan.groups; ++gate) {  // one group's after the other's
       for (int64_t unit = 0; unit < plan.H; unit += width) {
         store_some(static_cast<Storage*>(result) + gate * plan.H + unit,
                    load<Compute>(sums + gate * plan.padded_hidden + unit), context.units_at(unit));

@@ -77,12 +77,12 @@ class Backward {
     if (share.worker == 0) {
       gather_bias(plan, context.bias);
       context.norm.fill(plan, context.bias, room);
-      const int64_t gates = 4 * plan.padded_hidden;
-      clear(context.gradient_bias, gates);
-      clear(context.gradient_input_gain, gates);
-      clear(context.gradient_recurrent_gain, gates);
-      clear(context.gradient_cell_gain, plan.padded_hidden);
-      clear(context.gradient_cell_shift, plan.padded_hidden);
+      const int64_t units = plan.groups * plan.padded_hidden;
+      clear(context.gradient_bias, 4 * units);
+      clear(context.gradient_input_gain, 4 * units);
+      clear(context.gradient_recurrent_gain, 4 * units);
+      clear(context.gradient_cell_gain, units);
+      clear(context.gradient_cell_shift, units);
     }
     context.masks.fill(plan, share.worker, share.workers);
     for (int64_t rank = share.worker; rank < plan.B; rank += share.workers) load_final_gradients(context, rank);

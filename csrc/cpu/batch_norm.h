@@ -126,7 +126,7 @@ class BatchNormForward {
         z[gate] = (recurrent - recurrent_mean[gate]) * recurrent_scale[gate] +
                   ((r - input_mean[gate]) * input_scale[gate] + bias[gate]);
       }
-      const StepMasks<Compute> step = step_masks(plan_, context_.masks, row.rank, row.b, row.t, unit);
+      const StepMasks<Compute> step = step_masks(plan_, context_.masks, row.rank, row.t, unit);
       V previous_cell, candidate;
       const Gates<V> gates = context_.begin_cell(row, unit, z, step, previous_cell, candidate);
       if (!options.norm_cell) {

@@ -145,9 +145,15 @@ class BatchNormBackward {
       cell_products += trace.grad_normalised * trace.normalised;
       traces_[i] = trace;
     }
-    if (options.norm_cell) {
+    if (options.norm_cell && plan_.groups == 1) {
       add_to(context_.gradient_cell_shift + unit, cell_sum);
       add_to(context_.gradient_cell_gain + unit, cell_products);
+    } else if (options.norm_cell) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = plan_.group_of(rows[i].b) * plan_.padded_hidden + unit;
+        add_to(context_.gradient_cell_shift + at, traces_[i].grad_normalised);
+        add_to(context_.gradient_cell_gain + at, traces_[i].grad_normalised * traces_[i].normalised);
+      }
     }
 
     // Through N_c and the cell to z.
@@ -177,11 +183,14 @@ class BatchNormBackward {
     // Through N_a and N_r.
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t at = gate * plan_.padded_hidden + unit;
-      if (input[gate].on) add_to(context_.gradient_input_gain + at, input[gate].products);
-      if (recurrent[gate].on) add_to(context_.gradient_recurrent_gain + at, recurrent[gate].products);
+      if (plan_.groups == 1) {
+        if (input[gate].on) add_to(context_.gradient_input_gain + at, input[gate].products);
+        if (recurrent[gate].on) add_to(context_.gradient_recurrent_gain + at, recurrent[gate].products);
+      }
       for (int64_t i = 0; i < count; ++i) {
         const GradientRow<Storage>& row = rows[i];
         const V grad = load<Compute>(row.grad_gates + at);
+        if (plan_.groups > 1) add_gains_of_row(input[gate], recurrent[gate], row, grad, gate, unit);
         if (recurrent[gate].on) {
           store<Compute>(row.grad_recurrent + at,
                          through(recurrent[gate], grad, context_.kept(row, gate, unit), inverse));
@@ -191,6 +200,18 @@ class BatchNormBackward {
                          through(input[gate], grad, context_.kept_input(row, gate, unit), inverse));
         }
       }
+    }
+  }
+
+  // The gains' gradients where groups of rows have their own: statistics are constants then.
+  void add_gains_of_row(const GateNorm& input, const GateNorm& recurrent, const GradientRow<Storage>& row, V grad,
+                        int gate, int64_t unit) {
+    const int64_t at = (plan_.group_of(row.b) * 4 + gate) * plan_.padded_hidden + unit;
+    if (input.on) {
+      add_to(context_.gradient_input_gain + at, grad * input.normalised(context_.kept_input(row, gate, unit)));
+    }
+    if (recurrent.on) {
+      add_to(context_.gradient_recurrent_gain + at, grad * recurrent.normalised(context_.kept(row, gate, unit)));
     }
   }
 

@@ -231,7 +231,7 @@ class Forward {
           z[gate] = load<Compute>(a + (i * 4 + gate) * width) + load<Compute>(row.input_gates + at) +
                     load<Compute>(context.bias + at);
         }
-        const StepMasks<Compute> step = step_masks(plan, context.masks, row.rank, row.b, row.t, unit);
+        const StepMasks<Compute> step = step_masks(plan, context.masks, row.rank, row.t, unit);
         V previous_cell, candidate;
         const Gates<V> gates = context.begin_cell(row, unit, z, step, previous_cell, candidate);
         if (row.saved_gates != nullptr) {

@@ -42,8 +42,8 @@ struct CellTrace {
   Vector<Compute> grad_previous_cell;  // zoneout's part
 };
 
-// A weight's gradient while it is accumulated over the chunks: [gate][unit][column], in scratch or, where the result
-// has the compute type and whole vectors a row, in the result itself.
+// A weight's gradient while it is accumulated over the chunks: [group][gate][unit][column], in scratch or, where the
+// result has the compute type and whole vectors a row, in the result itself.
 template <class Compute>
 struct AccumulatedWeight {
   Compute* values = nullptr;
@@ -51,7 +51,7 @@ struct AccumulatedWeight {
   int64_t gate_stride = 0;
   bool in_place = false;
 
-  Compute* gate(int gate) const { return values + gate * gate_stride; }
+  Compute* gate(int gate, int64_t group) const { return values + (group * 4 + gate) * gate_stride; }
 };
 
 template <class Storage>
@@ -88,7 +88,7 @@ struct BackwardContext {
   Compute* grad_cell_state = nullptr;
   Compute* grad_direct = nullptr;
   AccumulatedWeight<Compute> gradient_ih, gradient_hh;
-  Compute* gradient_bias = nullptr;  // [gate][padded unit], and so the norms'
+  Compute* gradient_bias = nullptr;  // [group][gate][padded unit], and so the norms'
   Compute* gradient_input_gain = nullptr;
   Compute* gradient_recurrent_gain = nullptr;
   Compute* gradient_cell_gain = nullptr;
@@ -105,7 +105,7 @@ struct BackwardContext {
     wants_bias = given.grad_bias != nullptr || given.grad_norm_input_bias != nullptr ||
                  given.grad_norm_recurrent_bias != nullptr;
     const int64_t pack_room = (width + 2) * rounded_up(larger(plan.I, plan.H), panel_width);
-    const int64_t turned = room_for_turned_tiles<Compute>(plan.largest_chunk);
+    const int64_t turned = room_for_turned_tiles<Compute>(plan.steps_per_chunk * plan.rows_of_group());
     const int64_t trace = static_cast<int64_t>(sizeof(CellTrace<Compute>) / sizeof(Compute));
     const int64_t norm_room = plan.in.options.norm == NormKind::Batch   ? plan.B * trace
                               : plan.in.options.norm == NormKind::Layer ? plan.padded_hidden / width * trace
@@ -151,12 +151,12 @@ struct BackwardContext {
     grad_hidden_state = arena.take<Compute>(plan.B * plan.hidden_stride);
     grad_cell_state = arena.take<Compute>(plan.B * plan.hidden_stride);
     if (plan.zones_hidden()) grad_direct = arena.take<Compute>(plan.B * plan.hidden_stride);
-    gradient_bias = arena.take<Compute>(gates);
+    gradient_bias = arena.take<Compute>(plan.groups * gates);
     if (plan.has_norm) {
-      gradient_input_gain = arena.take<Compute>(gates);
-      gradient_recurrent_gain = arena.take<Compute>(gates);
-      gradient_cell_gain = arena.take<Compute>(plan.padded_hidden);
-      gradient_cell_shift = arena.take<Compute>(plan.padded_hidden);
+      gradient_input_gain = arena.take<Compute>(plan.groups * gates);
+      gradient_recurrent_gain = arena.take<Compute>(plan.groups * gates);
+      gradient_cell_gain = arena.take<Compute>(plan.groups * plan.padded_hidden);
+      gradient_cell_shift = arena.take<Compute>(plan.groups * plan.padded_hidden);
     }
     worker_room = arena.take<Compute>(worker_room_size * plan.asked);
     worker_rows = arena.take<GradientRow<Storage>>(plan.B * plan.asked);
@@ -173,7 +173,8 @@ struct BackwardContext {
     gradient.in_place = whole_vectors(columns) && !masked;
     gradient.row_stride = gradient.in_place ? columns : padded_stride;
     gradient.gate_stride = gradient.row_stride * (gradient.in_place ? plan.H : plan.padded_hidden);
-    gradient.values = gradient.in_place ? static_cast<Compute*>(result) : arena.take<Compute>(4 * gradient.gate_stride);
+    gradient.values =
+        gradient.in_place ? static_cast<Compute*>(result) : arena.take<Compute>(plan.groups * 4 * gradient.gate_stride);
   }
 
   // The panels of W_hh that a worker multiplies with: one set for all, or a set of its own units.
@@ -230,7 +231,7 @@ struct BackwardContext {
     CellTrace<Compute> trace;
     trace.gates = gates;
     trace.previous_cell = row.previous_cell == nullptr ? V{} : load_some(row.previous_cell + unit, count);
-    const StepMasks<Compute> step = step_masks(plan, masks, row.rank, row.b, row.t, unit);
+    const StepMasks<Compute> step = step_masks(plan, masks, row.rank, row.t, unit);
     trace.update = step.update;
     trace.cell_mask = step.cell;
     trace.candidate = candidate_cell(gates, trace.previous_cell, step.update, step.cell);

@@ -123,7 +123,7 @@ static void layer_norm_step(ForwardContext<Storage>& context, const Share& share
                   ((r - input.mean) * input_scale * load<Compute>(context.norm.input_gain + at) +
                    load<Compute>(context.bias + at));
       }
-      const StepMasks<Compute> step = step_masks(plan, context.masks, row.rank, row.b, row.t, unit);
+      const StepMasks<Compute> step = step_masks(plan, context.masks, row.rank, row.t, unit);
       V previous_cell, candidate;
       const Gates<V> gates = context.begin_cell(row, unit, z, step, previous_cell, candidate);
       if (!options.norm_cell) {

@@ -123,16 +123,15 @@ static void layer_norm_step_backward(const BackwardContext<Storage>& context, co
 }
 
 // The gains' gradients sum over rows, which are several workers': after the loop, column by column, in a fixed order.
-template <class Storage>
-static void layer_norm_column_sums(const BackwardContext<Storage>& context, int64_t unit, int64_t first_step,
-                                   int64_t pairs) {
+template <class Storage, class Pairs>
+static void layer_norm_column_sums(const BackwardContext<Storage>& context, int64_t unit, const Pairs& pairs) {
   using Compute = ComputeOf<Storage>;
   using V = Vector<Compute>;
   const Plan<Storage>& plan = context.plan;
   const Options& options = plan.in.options;
   const LayerOutputs& saved = context.params.saved;
   V input[4] = {}, recurrent[4] = {}, cell_gain{}, cell_shift{};  // of this chunk
-  for_each_pair(plan, first_step, 0, pairs, [&](int64_t pair, int64_t rank, int64_t s) {
+  pairs.for_each_place([&](int64_t pair, int64_t rank, int64_t s) {
     const int64_t t = plan.position(rank, s), b = plan.order[rank];
     const int64_t scratch = pair * plan.gate_stride, kept = (t * plan.B + b) * 4 * plan.H * kept_bytes<Storage>(true);
     GradientRow<Storage> row{};
@@ -161,11 +160,13 @@ static void layer_norm_column_sums(const BackwardContext<Storage>& context, int6
     }
   });
   const auto add_to = [](Compute* total, V sum) { store<Compute>(total, load<Compute>(total) + sum); };
-  add_to(context.gradient_cell_gain + unit, cell_gain);
-  add_to(context.gradient_cell_shift + unit, cell_shift);
+  const int64_t of_units = pairs.group * plan.padded_hidden + unit;
+  add_to(context.gradient_cell_gain + of_units, cell_gain);
+  add_to(context.gradient_cell_shift + of_units, cell_shift);
   for (int gate = 0; gate < 4; ++gate) {
-    add_to(context.gradient_input_gain + gate * plan.padded_hidden + unit, input[gate]);
-    add_to(context.gradient_recurrent_gain + gate * plan.padded_hidden + unit, recurrent[gate]);
+    const int64_t of_gate = (pairs.group * 4 + gate) * plan.padded_hidden + unit;
+    add_to(context.gradient_input_gain + of_gate, input[gate]);
+    add_to(context.gradient_recurrent_gain + of_gate, recurrent[gate]);
   }
 }
 

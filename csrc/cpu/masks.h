@@ -54,6 +54,13 @@ struct MaskKey {
   uint32_t layer_direction = 0;
 };
 
+// How the counters know a row of the batch: by its group's key, by its number in the group, and by its steps, counted
+// from the group's first one.
+struct MaskRow {
+  MaskKey key;
+  uint32_t row = 0, first_step = 0;
+};
+
 template <class Compute>
 FUSEDREG_INLINE Vector<Compute> mask_of(const Site<Compute>& site, Words<Compute> words) {
   using Integers = typename VectorTypes<Compute>::Integers;
@@ -78,19 +85,19 @@ static __attribute__((noinline)) DrawnWords<Compute> draw_words(const MaskKey& k
   return {{drawn.word[0].words(), drawn.word[1].words(), drawn.word[2].words(), drawn.word[3].words()}};
 }
 
-// The four words of `unit` ... `unit + width - 1` in row b of a family (c2: the step t, or the family's constant).
+// The four words of `unit` ... `unit + width - 1` in a row of a family (c2: the step, or the family's constant).
 template <class Compute>
-FUSEDREG_INLINE DrawnWords<Compute> words_of_units(const MaskKey& key, int64_t unit, int64_t b, uint32_t c2) {
-  return draw_words<Compute>(key, static_cast<uint32_t>(unit), 1, static_cast<uint32_t>(b), c2);
+FUSEDREG_INLINE DrawnWords<Compute> words_of_units(const MaskRow& row, int64_t unit, uint32_t c2) {
+  return draw_words<Compute>(row.key, static_cast<uint32_t>(unit), 1, row.row, c2);
 }
 
 // Fills `to[0 ... padded)` with one site's mask over a whole sequence, or with its expectation.
 template <class Compute>
-static void fill_sequence_mask(const Site<Compute>& site, const MaskKey& key, uint32_t family, int word, int64_t b,
-                               int64_t padded, Compute* to) {
+static void fill_sequence_mask(const Site<Compute>& site, const MaskRow& row, uint32_t family, int word, int64_t padded,
+                               Compute* to) {
   for (int64_t unit = 0; unit < padded; unit += kWidth<Compute>) {
     const Vector<Compute> mask = site.drawn
-                                     ? mask_of<Compute>(site, words_of_units<Compute>(key, unit, b, family).word[word])
+                                     ? mask_of<Compute>(site, words_of_units<Compute>(row, unit, family).word[word])
                                      : broadcast<Compute>(site.expectation);
     store<Compute>(to + unit, mask);
   }
@@ -110,7 +117,8 @@ static void fill_weight_mask(const Site<Compute>& site, const MaskKey& key, bool
     return;
   }
   for (int64_t column = first / (4 * width) * (4 * width); column < last; column += 4 * width) {
-    const DrawnWords<Compute> words = words_of_units<Compute>(key, column / 4, row, kWeightFamily);
+    const DrawnWords<Compute> words =
+        draw_words<Compute>(key, static_cast<uint32_t>(column / 4), 1, static_cast<uint32_t>(row), kWeightFamily);
     Vector<Compute> part[4];
     for (int word = 0; word < 4; ++word) part[word] = mask_of<Compute>(site, words.word[word]);
     for (int half = 0; half < 2; ++half) {

@@ -152,4 +152,69 @@ FUSEDREG_INLINE void for_each_pair(const Plan<Storage>& plan, int64_t first_step
   }
 }
 
+// The pairs of a chunk of steps over which a parameter's gradient sums: all of them ...
+template <class Storage>
+struct AllPairs {
+  const Plan<Storage>& plan;
+  int64_t first_step;
+  int64_t count;
+  static constexpr int64_t group = 0;
+  static constexpr int64_t before = 0;
+
+  // body(n, pair) for the n-th of them.
+  template <class Body>
+  FUSEDREG_METHOD void for_each(const Body& body) const {
+    for (int64_t pair = 0; pair < count; ++pair) body(pair, pair);
+  }
+  // body(pair, rank, s)
+  template <class Body>
+  FUSEDREG_METHOD void for_each_place(const Body& body) const {
+    for_each_pair(plan, first_step, 0, count, body);
+  }
+};
+
+// ... or those of one group of rows. A group's ranks stand longest first, as all ranks do.
+template <class Storage>
+struct GroupPairs {
+  const Plan<Storage>& plan;
+  int64_t first_step, last_step;
+  int64_t group;
+  int64_t count;
+  int64_t before;  // in the groups before it
+
+  template <class Body>
+  FUSEDREG_METHOD void for_each(const Body& body) const {
+    int64_t n = 0;
+    for_each_place([&](int64_t pair, int64_t, int64_t) { body(n++, pair); });
+  }
+  template <class Body>
+  FUSEDREG_METHOD void for_each_place(const Body& body) const {
+    const int64_t rows = plan.rows_of_group();
+    const int64_t* ranks = plan.group_ranks + group * rows;
+    for (int64_t s = first_step; s < last_step; ++s) {
+      const int64_t pair = plan.first[s] - plan.first[first_step];
+      for (int64_t n = 0; n < rows && plan.length[ranks[n]] > s; ++n) body(pair + ranks[n], ranks[n], s);
+    }
+  }
+};
+
+// Calls body(pairs) once for all pairs of a chunk, or once for each group of rows.
+template <class Storage, class Body>
+FUSEDREG_INLINE void for_each_group(const Plan<Storage>& plan, int64_t first_step, int64_t last_step,
+                                    const Body& body) {
+  if (plan.groups == 1) {
+    return body(AllPairs<Storage>{plan, first_step, plan.first[last_step] - plan.first[first_step]});
+  }
+  int64_t before = 0;
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    int64_t count = 0;
+    for (int64_t n = 0; n < plan.rows_of_group(); ++n) {
+      const int64_t length = plan.length[plan.group_ranks[group * plan.rows_of_group() + n]];
+      if (length > first_step) count += smaller(length, last_step) - first_step;
+    }
+    body(GroupPairs<Storage>{plan, first_step, last_step, group, count, before});
+    before += count;
+  }
+}
+
 }  // namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE

@@ -75,19 +75,24 @@ struct Plan {
   // Sites of the masks.
   Site<Compute> dropout, input_dropout, hidden_dropout, output_dropout, update_dropout, cell_dropout, weight_dropout,
       zoneout_hidden, zoneout_cell;
-  MaskKey key;
+  MaskKey key;      // of the weights' mask, and of all others where they are not grouped
   bool step_words;  // some mask is drawn at each step
   bool untied_input, untied_hidden;
   bool output_is_hidden;  // y is the carried h itself
   bool has_norm;
   bool batch_statistics;  // batch norm takes its statistics from the batch
   bool few_pairs;         // so few rows that packing a weight costs more than it brings
+  bool grouped_masks;     // rows are not counted in the masks as they are in the batch
+  int64_t groups;         // of rows whose gradients of the parameters are wanted apart; 1: all together
 
   // Tables, filled by `prepare`.
-  int64_t* order;    // rank -> row of the caller
-  int64_t* length;   // rank -> length
-  int64_t* running;  // s -> rows running
-  int64_t* first;    // s -> number of (step, rank) pairs before s; T + 1 entries
+  MaskRow* mask_rows = nullptr;      // rank -> its masks' coordinates, where they are grouped
+  int64_t* group_ranks = nullptr;    // [group][longest first] -> rank, where there are groups
+  int64_t* ranks_grouped = nullptr;  // group -> how many of its ranks have been found, while `prepare` runs
+  int64_t* order;                    // rank -> row of the caller
+  int64_t* length;                   // rank -> length
+  int64_t* running;                  // s -> rows running
+  int64_t* first;                    // s -> number of (step, rank) pairs before s; T + 1 entries
 
   Plan(const LayerInputs& inputs, int threads) : in(inputs) {
     const Options& options = in.options;
@@ -111,9 +116,7 @@ struct Plan {
     zoneout_cell = zoneout_site<Compute>(rates.zoneout_cell, training);
     if (!zoneout_hidden.drawn && rates.zoneout_hidden == 0) zoneout_hidden.expectation = 0;
     if (!zoneout_cell.drawn && rates.zoneout_cell == 0) zoneout_cell.expectation = 0;
-    const uint64_t seed = in.seeds == nullptr ? 0 : static_cast<uint64_t>(in.seeds[0]);
-    key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
-           static_cast<uint32_t>(options.layer) * 2u + (options.reverse ? 1u : 0u)};
+    key = key_of(in.seeds == nullptr ? 0 : in.seeds[0]);
     step_words = zoneout_hidden.drawn || zoneout_cell.drawn || dropout.drawn ||
                  (update_dropout.drawn && !options.update_mask_sequence);
     untied_input = options.untied_masks && input_dropout.drawn;
@@ -123,11 +126,15 @@ struct Plan {
     output_is_hidden = !dropout.drawn && !output_dropout.drawn && !(options.zoneout_candidate && zones_hidden());
 
     few_pairs = T * B <= kFewPairs;
+    grouped_masks = in.seeds != nullptr && (in.groups > 1 || in.seeds[1] != 0);
+    groups = options.gradient_groups > 1 ? options.gradient_groups : 1;
 
     // Pairs a chunk: enough for the products before and after the loop to run at a product's rate, few enough for
     // what they exchange with the loop to stay in cache. One chunk where a statistic runs over the whole sequence.
     const bool whole = batch_statistics && options.norm_input && options.norm_input_sequence;
-    steps_per_chunk = whole ? larger(T, 1) : smaller(larger(1, kChunkPairs / larger(B, 1)), larger(T, 1));
+    // Groups have products of their own, so a chunk is to bring each of them as many pairs, within bounds.
+    const int64_t chunk_pairs = smaller(kChunkPairs * groups, kGroupedChunkPairs);
+    steps_per_chunk = whole ? larger(T, 1) : smaller(larger(1, chunk_pairs / larger(B, 1)), larger(T, 1));
     largest_chunk = steps_per_chunk * B;
 
     choose_division(threads);
@@ -141,6 +148,11 @@ struct Plan {
     length = arena.take<int64_t>(B);
     running = arena.take<int64_t>(T);
     first = arena.take<int64_t>(T + 1);
+    if (grouped_masks) mask_rows = arena.take<MaskRow>(B);
+    if (groups > 1) {
+      group_ranks = arena.take<int64_t>(B);
+      ranks_grouped = arena.take<int64_t>(groups);
+    }
   }
 
   // Fills the tables. Sorting is by counting and keeps the callers' order among equals.
@@ -167,6 +179,8 @@ struct Plan {
     }
     first[0] = 0;
     for (int64_t s = 0; s < T; ++s) first[s + 1] = first[s] + running[s];
+    if (grouped_masks) fill_mask_rows();
+    if (groups > 1) fill_group_ranks();
   }
 
   int64_t length_of(int64_t b) const {
@@ -179,6 +193,12 @@ struct Plan {
   bool reset_at(int64_t rank, int64_t s) const {
     return in.reset != nullptr && in.reset[position(rank, s) * B + order[rank]];
   }
+
+  MaskRow mask_row(int64_t rank) const {
+    return mask_rows == nullptr ? MaskRow{key, static_cast<uint32_t>(order[rank]), 0} : mask_rows[rank];
+  }
+  int64_t rows_of_group() const { return B / groups; }
+  int64_t group_of(int64_t b) const { return b / rows_of_group(); }
 
   Share share(int worker, int workers) const {
     Share share{worker, workers, 0, 1, 0, padded_hidden};
@@ -199,7 +219,31 @@ struct Plan {
 
  private:
   static constexpr int64_t kChunkPairs = 512;
+  static constexpr int64_t kGroupedChunkPairs = 16384;
   static constexpr int64_t kFewPairs = 32;
+
+  void fill_mask_rows() const {
+    const int64_t rows = B / in.groups;
+    for (int64_t rank = 0; rank < B; ++rank) {
+      const int64_t* of_group = in.seeds + order[rank] / rows * 2;
+      mask_rows[rank] = {key_of(of_group[0]), static_cast<uint32_t>(order[rank] % rows),
+                         static_cast<uint32_t>(of_group[1])};
+    }
+  }
+
+  void fill_group_ranks() const {
+    for (int64_t group = 0; group < groups; ++group) ranks_grouped[group] = 0;
+    for (int64_t rank = 0; rank < B; ++rank) {
+      const int64_t group = group_of(order[rank]);
+      group_ranks[group * rows_of_group() + ranks_grouped[group]++] = rank;
+    }
+  }
+
+  MaskKey key_of(int64_t seed) const {
+    const uint64_t bits = static_cast<uint64_t>(seed);
+    return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32),
+            static_cast<uint32_t>(in.options.layer) * 2u + (in.options.reverse ? 1u : 0u)};
+  }
 
   void choose_division(int threads) {
     // Below this much work a second worker costs more than it brings.

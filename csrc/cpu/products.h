@@ -71,20 +71,20 @@ static void gather_hidden(const Plan<Storage>& plan, const Storage* hidden, cons
 }
 
 // Scratch rows (pairs, columns) as the right side of a product that sums over the pairs: panels of four vectors.
-template <class Compute>
-static void pack_pair_panels(const Compute* rows, int64_t row_stride, int64_t pairs, int64_t padded_columns,
+template <class Compute, class Pairs>
+static void pack_pair_panels(const Compute* rows, int64_t row_stride, const Pairs& pairs, int64_t padded_columns,
                              int64_t first_panel, int64_t last_panel, Compute* to) {
   constexpr int width = kWidth<Compute>;
   constexpr int panel_width = width * kTileVectors;
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    Compute* out = to + panel * pairs * panel_width;
+    Compute* out = to + panel * pairs.count * panel_width;
     const int64_t begin = panel * panel_width;
     const int vectors = static_cast<int>(smaller(kTileVectors, (padded_columns - begin) / width));
-    for (int64_t pair = 0; pair < pairs; ++pair) {
+    pairs.for_each([&](int64_t n, int64_t pair) {
       const Compute* from = rows + pair * row_stride + begin;
       for (int v = 0; v < vectors; ++v)
-        store<Compute>(out + pair * panel_width + v * width, load<Compute>(from + v * width));
-    }
+        store<Compute>(out + n * panel_width + v * width, load<Compute>(from + v * width));
+    });
   }
 }
 
@@ -98,31 +98,31 @@ FUSEDREG_INLINE int64_t room_for_turned_tiles(int64_t pairs) {
 // gradient[unit][column] += sum over pairs of dz[pair][unit] * right[pair][column], for one gate and a
 // range of units. `left` is room for some tiles of dz, turned so that their pairs run last: each panel of the right
 // side is used for all of them while it is in cache.
-template <class Compute>
-static void weight_gradient(const Compute* dz, int64_t dz_stride, const Compute* panels, int64_t pairs,
+template <class Compute, class Pairs>
+static void weight_gradient(const Compute* dz, int64_t dz_stride, const Compute* panels, const Pairs& pairs,
                             int64_t padded_columns, int64_t first_unit, int64_t last_unit, Compute* left,
                             Compute* gradient, int64_t gradient_stride, bool accumulate) {
   constexpr int width = kWidth<Compute>;
   constexpr int panel_width = width * kTileVectors;
-  const int64_t tile_room = pairs * kTileRows + width;
+  const int64_t tile_room = pairs.count * kTileRows + width;
   for (int64_t begin = first_unit; begin < last_unit; begin += kTilesTurned * kTileRows) {
     const int64_t end = smaller(begin + kTilesTurned * kTileRows, last_unit);
-    for_each_numbered_tile(end - begin, [&](int64_t n, int64_t row, int rows) {
-      Compute* turned = left + n * tile_room;
-      for (int64_t pair = 0; pair < pairs; ++pair) {
+    for_each_numbered_tile(end - begin, [&](int64_t tile, int64_t row, int rows) {
+      Compute* turned = left + tile * tile_room;
+      pairs.for_each([&](int64_t n, int64_t pair) {
         const Compute* from = dz + pair * dz_stride + begin + row;
         // Whole vectors: what lies past the tile's rows is overwritten by the next pair, or is room past the last.
-        for (int m = 0; m < rows; m += width) store<Compute>(turned + pair * kTileRows + m, load<Compute>(from + m));
-      }
+        for (int m = 0; m < rows; m += width) store<Compute>(turned + n * kTileRows + m, load<Compute>(from + m));
+      });
     });
     for (int64_t column = 0, panel = 0; column < padded_columns; column += panel_width, ++panel) {
       const int vectors = static_cast<int>(smaller(kTileVectors, (padded_columns - column) / width));
-      const Compute* right = panels + panel * pairs * panel_width;
-      for_each_numbered_tile(end - begin, [&](int64_t n, int64_t row, int rows) {
+      const Compute* right = panels + panel * pairs.count * panel_width;
+      for_each_numbered_tile(end - begin, [&](int64_t tile, int64_t row, int rows) {
         multiply_tile<Compute>(rows, vectors,
-                               {left + n * tile_room, 1, kTileRows, 0, right, panel_width, pairs,
+                               {left + tile * tile_room, 1, kTileRows, 0, right, panel_width, pairs.count,
                                 gradient + (begin + row) * gradient_stride + column, gradient_stride, width, accumulate,
-                                part_of_next_panel(right + pairs * panel_width, n, pairs)});
+                                part_of_next_panel(right + pairs.count * panel_width, tile, pairs.count)});
       });
     }
   }

@@ -34,31 +34,31 @@ struct MaskTables : SequenceMasks<ComputeOf<Storage>> {
   // Fills the rows of every `workers`th rank.
   void fill(const Plan<Storage>& plan, int worker, int workers) const {
     for (int64_t rank = worker; rank < plan.B; rank += workers) {
-      const int64_t b = plan.order[rank];
-      fill_gate_masks(plan, plan.input_dropout, plan.untied_input, kInputFamily, 0, kUntiedInputFamily, rank, b,
+      const MaskRow row = plan.mask_row(rank);
+      fill_gate_masks(plan.input_dropout, plan.untied_input, kInputFamily, 0, kUntiedInputFamily, rank, row,
                       plan.padded_input, this->input);
-      fill_gate_masks(plan, plan.hidden_dropout, plan.untied_hidden, kSequenceFamily, kHiddenTied, kUntiedHiddenFamily,
-                      rank, b, plan.padded_hidden, this->hidden);
-      fill_unit_mask(plan, plan.output_dropout, kOutput, rank, b, this->output);
-      fill_unit_mask(plan, plan.update_dropout, kUpdateSequence, rank, b, this->update);
-      fill_unit_mask(plan, plan.cell_dropout, kCell, rank, b, this->cell);
+      fill_gate_masks(plan.hidden_dropout, plan.untied_hidden, kSequenceFamily, kHiddenTied, kUntiedHiddenFamily, rank,
+                      row, plan.padded_hidden, this->hidden);
+      fill_unit_mask(plan, plan.output_dropout, kOutput, rank, row, this->output);
+      fill_unit_mask(plan, plan.update_dropout, kUpdateSequence, rank, row, this->update);
+      fill_unit_mask(plan, plan.cell_dropout, kCell, rank, row, this->cell);
     }
   }
 
  private:
-  static void fill_gate_masks(const Plan<Storage>& plan, const Site<Compute>& site, bool untied, uint32_t tied_family,
-                              int tied_word, uint32_t untied_family, int64_t rank, int64_t b, int64_t padded,
+  static void fill_gate_masks(const Site<Compute>& site, bool untied, uint32_t tied_family, int tied_word,
+                              uint32_t untied_family, int64_t rank, const MaskRow& row, int64_t padded,
                               Compute* table) {
     if (table == nullptr) return;
-    if (!untied) return fill_sequence_mask(site, plan.key, tied_family, tied_word, b, padded, table + rank * padded);
+    if (!untied) return fill_sequence_mask(site, row, tied_family, tied_word, padded, table + rank * padded);
     for (int gate = 0; gate < 4; ++gate) {
-      fill_sequence_mask(site, plan.key, untied_family, gate, b, padded, table + (rank * 4 + gate) * padded);
+      fill_sequence_mask(site, row, untied_family, gate, padded, table + (rank * 4 + gate) * padded);
     }
   }
-  static void fill_unit_mask(const Plan<Storage>& plan, const Site<Compute>& site, int word, int64_t rank, int64_t b,
-                             Compute* table) {
+  static void fill_unit_mask(const Plan<Storage>& plan, const Site<Compute>& site, int word, int64_t rank,
+                             const MaskRow& row, Compute* table) {
     if (table == nullptr) return;
-    fill_sequence_mask(site, plan.key, kSequenceFamily, word, b, plan.padded_hidden, table + rank * plan.padded_hidden);
+    fill_sequence_mask(site, row, kSequenceFamily, word, plan.padded_hidden, table + rank * plan.padded_hidden);
   }
 };
 
@@ -71,7 +71,7 @@ struct StepMasks {
 template <class Storage>
 FUSEDREG_INLINE StepMasks<ComputeOf<Storage>> step_masks(const Plan<Storage>& plan,
                                                          const SequenceMasks<ComputeOf<Storage>>& tables, int64_t rank,
-                                                         int64_t b, int64_t t, int64_t unit) {
+                                                         int64_t t, int64_t unit) {
   using Compute = ComputeOf<Storage>;
   const int64_t at = rank * plan.padded_hidden + unit;
   StepMasks<Compute> masks;
@@ -81,7 +81,8 @@ FUSEDREG_INLINE StepMasks<ComputeOf<Storage>> step_masks(const Plan<Storage>& pl
   masks.zone_hidden = broadcast<Compute>(plan.zoneout_hidden.expectation);
   masks.zone_cell = broadcast<Compute>(plan.zoneout_cell.expectation);
   if (plan.step_words) {
-    const DrawnWords<Compute> words = words_of_units<Compute>(plan.key, unit, b, static_cast<uint32_t>(t));
+    const MaskRow row = plan.mask_row(rank);
+    const DrawnWords<Compute> words = words_of_units<Compute>(row, unit, static_cast<uint32_t>(t) + row.first_step);
     if (plan.zoneout_hidden.drawn) masks.zone_hidden = mask_of(plan.zoneout_hidden, words.word[kZoneoutHidden]);
     if (plan.zoneout_cell.drawn) masks.zone_cell = mask_of(plan.zoneout_cell, words.word[kZoneoutCell]);
     if (plan.update_dropout.drawn && tables.update == nullptr) {
