@@ -138,7 +138,9 @@ def run_stack(
     outputs: list[Tensor] = []
     all_cells: list[Tensor] = []
     for place, options in enumerate(plan.options):
-        initial = (None, None) if state is None else (state[0][place], state[1][place])
+        initial: tuple[Tensor | None, Tensor | None] = (None, None)
+        if state is not None:
+            initial = state[0][place], state[1][place]
         own_seed, own_running = seed if options.draws else None, running[place] if running else None
         watched: dict[str, Any] = {}
         if recording is not None:

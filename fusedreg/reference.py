@@ -52,6 +52,7 @@ def lstm_layer(
     seed: Tensor | None = None,
     running: RunningStatistics | None = None,
     probes: Probes | None = None,
+    intermediates: dict[str, Tensor] | None = None,
 ) -> LayerResult:
     """Run one layer in one direction over a sequence.
 
@@ -71,6 +72,8 @@ def lstm_layer(
             draws as a call of its own would whose first step counts as step ``first_step``.
         running: population statistics for batch norm; ``None``: mean 0 and variance 1.
         probes: added to the carried ``h_s`` and to the cell, see :data:`fusedreg.layer.Probes`.
+        intermediates: is given the ``preactivation`` ``z (T, B, 4H)``, the ``candidate_cell`` ``c̃``, and ``cell`` and
+            ``hidden`` as they are carried, of every step at its position in the input, 0 in padding.
 
     Returns:
         A :class:`fusedreg.layer.LayerResult`, with ``final_cell`` and ``cells`` in the compute dtype.
@@ -84,9 +87,8 @@ def lstm_layer(
         torch.Size([5, 2, 4])
     """
     with _no_autocast(input.device):
-        return _lstm_layer(
-            input, initial_hidden, initial_cell, parameters, options, lengths, reset, seed, running, probes
-        )
+        others = (lengths, reset, seed, running, probes, intermediates)
+        return _lstm_layer(input, initial_hidden, initial_cell, parameters, options, *others)
 
 
 def _lstm_layer(
@@ -100,6 +102,7 @@ def _lstm_layer(
     seed: Tensor | None,
     running: RunningStatistics | None,
     probes: Probes | None,
+    intermediates: dict[str, Tensor] | None,
 ) -> LayerResult:
     steps, rows, input_size = input.shape
     storage, compute = input.dtype, compute_dtype(input.dtype)
@@ -137,7 +140,7 @@ def _lstm_layer(
 
     hidden = input.new_zeros(rows, output_size, dtype=compute) if initial_hidden is None else initial_hidden.to(compute)
     cell = input.new_zeros(rows, hidden_size, dtype=compute) if initial_cell is None else initial_cell.to(compute)
-    outputs, cells = [], []
+    outputs, cells, seen = [], [], []
     for s in range(steps):
         previous_hidden, previous_cell = hidden, cell
         if reset is not None:
@@ -145,7 +148,8 @@ def _lstm_layer(
             previous_cell = torch.where(reset[s].unsqueeze(-1), 0.0, previous_cell)
 
         a = _product(previous_hidden, weight_hh, masks.hidden_dropout, options.hidden_dropout)
-        z_i, z_f, z_g, z_o = (norms.recurrent(a, s) + x_gates[s]).chunk(4, dim=-1)
+        z = norms.recurrent(a, s) + x_gates[s]
+        z_i, z_f, z_g, z_o = z.chunk(4, dim=-1)
         update = torch.sigmoid(z_i) * torch.tanh(z_g)
         if update_masks is not None:
             update = _dropped(update, update_masks[s], options.update_dropout)
@@ -165,11 +169,17 @@ def _lstm_layer(
         outputs.append(candidate if options.zoneout_output == "candidate" else new_hidden)
         hidden, cell = order.keep(new_hidden, hidden, s), order.keep(new_cell, cell, s)
         cells.append(cell)
+        if intermediates is not None:
+            seen.append((z, candidate_cell, cell, hidden))
 
     # After the loop: y, back at its position in the input, with 0 in padding.
     output = _dropped(torch.stack(outputs), masks.output_dropout, options.output_dropout)
     output = order.reorder(order.select(output))
     output = _dropped(output, masks.dropout, options.dropout).to(storage)
+    if intermediates is not None:
+        names = ("preactivation", "candidate_cell", "cell", "hidden")
+        for name, values in zip(names, zip(*seen, strict=True), strict=True):
+            intermediates[name] = order.reorder(order.select(torch.stack(values)))
     every_cell = order.reorder(order.select(torch.stack(cells))) if options.return_cells else None
     return LayerResult(output, hidden.to(storage), cell, every_cell, norms.statistics())
 
