@@ -8,7 +8,7 @@ Example:
 
 from __future__ import annotations
 
-from fusedreg import backends, checkpoints, functional, initialization, training, truncated
+from fusedreg import backends, checkpoints, functional, initialization, inspect, training, truncated
 from fusedreg._version import __version__
 from fusedreg.functional import LSTMResult, LSTMResultWithCells
 from fusedreg.masks import masks
@@ -29,6 +29,7 @@ __all__ = [
     "checkpoints",
     "functional",
     "initialization",
+    "inspect",
     "masks",
     "replace_lstms",
     "training",
