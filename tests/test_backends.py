@@ -73,7 +73,7 @@ def test_auto_on_a_gpu_without_kernels_names_both_reasons(state: Any) -> None:
 @pytest.mark.parametrize("options", [{"proj_size": 3}, {"process_group": True}])
 def test_what_has_no_kernel_goes_to_the_reference_with_one_warning(state: Any, options: dict[str, Any]) -> None:
     for device in (CPU, GPU):
-        state(cuda=Availability(True), triton=Availability(True))
+        state(cuda=Availability(True), triton=MISSING)  # which has projections
         with pytest.warns(UserWarning, match=r"reference.*(proj_size=3|process_group)"):
             assert resolve("auto", device, torch.float32, **options) == "reference"
         with warnings.catch_warnings():
@@ -98,8 +98,8 @@ def test_a_backend_by_name_runs_or_raises(state: Any, name: str) -> None:
     other = GPU if name == "cpu" else CPU
     with pytest.raises(RuntimeError, match=f"device: expected {device.type}, got {other}"):
         resolve(name, other, torch.float32)
-    with pytest.raises(RuntimeError, match="proj_size=2"):
-        resolve(name, device, torch.float32, proj_size=2)
+    with pytest.raises(RuntimeError, match="process_group"):
+        resolve(name, device, torch.float32, process_group=True)
 
 
 def test_dtypes(state: Any) -> None:

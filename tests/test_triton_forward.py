@@ -205,7 +205,7 @@ def one_thread() -> Iterator[None]:
     [
         (1, torch.zeros(8, 3), "weight_ih"),
         (2, torch.zeros(8), "weight_hh"),
-        (5, torch.zeros(2, 2), "weight_hr"),
+        (5, torch.zeros(2, 3), "weight_hr"),
         (6, torch.zeros(2, 2, dtype=torch.float64), "initial_hidden"),
         (8, torch.zeros(3, dtype=torch.int64), "lengths"),
         (10, None, "seed"),

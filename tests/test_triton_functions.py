@@ -42,6 +42,18 @@ def draw_family(seed, words, FAMILY: tl.constexpr, stream, threshold, below, ROW
 
 
 @triton.jit
+def draw_groups(seed, words, position, stream, rows, group_rows, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    unit, row = tl.arange(0, UNITS)[None, :], tl.arange(0, ROWS)[:, None]
+    k0, k1, counted, first_step = jit_masks.row_key(row, seed, rows, group_rows, True)
+    at = words + row * UNITS + unit
+    drawn = jit_masks.step_words(unit, counted, position + first_step, stream, k0, k1)
+    family = jit_masks.family_words(unit, counted, jit_masks.SEQUENCE, stream, k0, k1)
+    for word in tl.static_range(4):
+        tl.store(at + word * ROWS * UNITS, drawn[word].to(tl.int64), mask=row < rows)
+        tl.store(at + (4 + word) * ROWS * UNITS, family[word].to(tl.int64), mask=row < rows)
+
+
+@triton.jit
 def activate(values, sigmoids, tanhs, COUNT: tl.constexpr):
     at = tl.arange(0, COUNT)
     value = tl.load(values + at)
@@ -123,6 +135,15 @@ def test_families_and_thresholds_are_the_contract_bit_for_bit(name: str, rate: f
     expected = mask_contract.MaskSource(seed, 1, 0).sequence(4, 8, getattr(mask_contract, name))
     assert torch.equal(words, torch.stack(expected))
     assert torch.equal(below, expected[0] < mask_contract.threshold(rate))
+
+
+def test_groups_of_rows_draw_the_contracts_bits() -> None:
+    seeds = torch.tensor([[5, 0], [-(2**63), 7], [2**40 + 3, 2**32 - 2]])
+    words = torch.zeros(2, 4, 8, 8, dtype=torch.int64)
+    draw_groups[(1,)](seeds, words, 1, 3, 6, 2, ROWS=8, UNITS=8)
+    source = mask_contract.MaskSource(seeds, layer=1, direction=1)
+    assert torch.equal(words[0, :, :6], torch.stack(source.step(1, 1, 6, 8))[:, 0])
+    assert torch.equal(words[1, :, :6], torch.stack(source.sequence(6, 8)))
 
 
 def test_weight_masks_are_the_contract_bit_for_bit() -> None:

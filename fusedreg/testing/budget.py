@@ -245,7 +245,7 @@ def measure_errors(
 
 def expected_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The type of a named result of a layer whose input is ``dtype``."""
-    if name.endswith("_statistics") or name in ("final_cell", "cells", "grad initial_cell"):
+    if name.endswith("_statistics") or name in ("final_cell", "cells", "grad initial_cell", "grad cell_probe"):
         return compute_dtype(dtype)
     return dtype
 

@@ -25,7 +25,7 @@ from fusedreg.backends.triton.jit_masks import (
     UNTIED_INPUT,
     family_words,
     is_below,
-    load_key,
+    row_key,
     threshold,
 )
 from fusedreg.backends.triton.jit_storage import narrow
@@ -35,12 +35,12 @@ from fusedreg.backends.triton.layout import Layer, LoopInputs
 _ROWS, _COLUMNS = 8, 128
 
 
-@triton.jit(do_not_specialize=["steps", "rows", "stream", "limit"])
+@triton.jit(do_not_specialize=["steps", "rows", "group_rows", "stream", "limit"])
 def previous_hidden_kernel(  # type: ignore[no-untyped-def]
-    hidden, initial, reset, lengths, seed, masked, steps, rows, stream, limit, WIDTH: tl.constexpr,
-    REVERSE: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    hidden, initial, reset, lengths, seed, masked, steps, rows, group_rows, stream, limit, WIDTH: tl.constexpr,
+    REVERSE: tl.constexpr, MASK: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``masked (1 or 4, T * B, H) = m_h ⊙ h_{s-1}`` by position, zeros and ones; 0 through a reset and in padding."""
+    """``masked (1 or 4, T * B, P) = m_h ⊙ h_{s-1}`` by position, zeros and ones; 0 through a reset and in padding."""
     pair = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     pairs = steps.to(tl.int64) * rows
@@ -66,22 +66,22 @@ def previous_hidden_kernel(  # type: ignore[no-untyped-def]
     if MASK == 0:
         tl.store(masked + at, value, mask=inside)
     else:
-        key0, key1 = load_key(seed)
+        key0, key1, counted, _ = row_key(row, seed, rows, group_rows, GROUPED)
         zero = tl.zeros_like(value)
         if MASK == TIED:
-            words = family_words(column, row, SEQUENCE, stream, key0, key1)
+            words = family_words(column, counted, SEQUENCE, stream, key0, key1)
             tl.store(masked + at, tl.where(is_below(words[0], limit), zero, value), mask=inside)
         else:
-            words = family_words(column, row, UNTIED_HIDDEN, stream, key0, key1)
+            words = family_words(column, counted, UNTIED_HIDDEN, stream, key0, key1)
             for gate in tl.static_range(4):
                 kept = tl.where(is_below(words[gate], limit), zero, value)
                 tl.store(masked + gate * pairs * WIDTH + at, kept, mask=inside)
 
 
-@triton.jit(do_not_specialize=["steps", "rows", "stream", "limit", "scale"])
+@triton.jit(do_not_specialize=["steps", "rows", "group_rows", "stream", "limit", "scale"])
 def input_gradient_kernel(  # type: ignore[no-untyped-def]
-    products, grad, lengths, seed, steps, rows, stream, limit, scale, WIDTH: tl.constexpr, MASK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    products, grad, lengths, seed, steps, rows, group_rows, stream, limit, scale, WIDTH: tl.constexpr,
+    MASK: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``dx (T, B, I)`` from ``dr W_ih (1 or 4, T * B, I)``, a product a gate where masks are untied."""
     pair = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -96,12 +96,12 @@ def input_gradient_kernel(  # type: ignore[no-untyped-def]
     if MASK == 0:
         value = tl.load(products + at, mask=wanted, other=0.0)
     else:
-        key0, key1 = load_key(seed)
+        key0, key1, counted, _ = row_key(row, seed, rows, group_rows, GROUPED)
         if MASK == TIED:
-            words = family_words(column, row, INPUT, stream, key0, key1)
+            words = family_words(column, counted, INPUT, stream, key0, key1)
             value = tl.load(products + at, mask=wanted & ~is_below(words[0], limit), other=0.0)
         else:
-            words = family_words(column, row, UNTIED_INPUT, stream, key0, key1)
+            words = family_words(column, counted, UNTIED_INPUT, stream, key0, key1)
             value = tl.zeros([ROWS, COLUMNS], tl.float32)
             for gate in tl.static_range(4):
                 kept = wanted & ~is_below(words[gate], limit)
@@ -110,12 +110,12 @@ def input_gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 def previous_hidden(layer: Layer, inputs: LoopInputs, hidden: Tensor) -> Tensor:
-    """``m_h ⊙ h_{s-1}``, not scaled, at each position: ``(1 or 4, T * B, H)``, four copies where masks are untied.
+    """``m_h ⊙ h_{s-1}``, not scaled, at each position: ``(1 or 4, T * B, P)``, four copies where masks are untied.
 
     Args:
-        hidden: ``(T, B, H)``, the carried ``h`` as it was saved.
+        hidden: ``(T, B, P)``, the carried ``h`` as it was saved.
     """
-    (steps, rows, _), width, mask = layer.sizes, layer.flags.hidden_size, layer.flags.hidden_dropout
+    (steps, rows, *_), width, mask = layer.sizes, layer.flags.projected_size, layer.flags.hidden_dropout
     copies = 4 if mask == UNTIED.value else 1
     masked = torch.empty(copies, steps * rows, width, dtype=hidden.dtype, device=hidden.device)
     previous_hidden_kernel[(triton.cdiv(steps * rows, _ROWS), triton.cdiv(width, _COLUMNS))](
@@ -127,11 +127,13 @@ def previous_hidden(layer: Layer, inputs: LoopInputs, hidden: Tensor) -> Tensor:
         masked,
         steps,
         rows,
+        layer.sizes.group_rows,
         layer.rates.stream,
         layer.rates.hidden_threshold,
         width,
         layer.flags.reverse,
         mask,
+        layer.flags.grouped_seed,
         _ROWS,
         _COLUMNS,
     )
@@ -151,27 +153,44 @@ def _by_gate(values: Tensor, weight: Tensor) -> Tensor:
     return torch.cat(products, 1)
 
 
-def weight_gradient(grad: Tensor, values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``scale Σ gradᵀ values``, ``(4H, N)``, of ``grad (T, B, 4H)`` and ``values (1 or 4, T * B, N)``."""
-    grad = grad.flatten(0, 1)
-    if values.shape[0] == 1:
-        product = wide_product(grad.t(), values[0])
-    else:
-        parts = [wide_product(gate.t(), value) for gate, value in zip(grad.chunk(4, 1), values, strict=True)]
-        product = torch.cat(parts)
-    return product.mul_(scale).to(dtype)
+def weight_gradient(layer: Layer, grad: Tensor, values: Tensor, scale: float) -> Tensor:
+    """``scale Σ gradᵀ values``, ``(N, M)``, of ``grad (T, B, N)`` and ``values (1 or 4, T * B, M)``.
+
+    ``(S, N, M)`` where the call tells ``S`` groups of rows apart: a product a group.
+    """
+    steps, rows, width = grad.shape
+    groups = layer.gradient_groups
+
+    def of_groups(value: Tensor) -> Tensor:
+        if not groups:
+            return value.reshape(steps * rows, -1)
+        by_group = value.reshape(steps, groups, rows // groups, -1).transpose(0, 1)
+        return by_group.reshape(groups, steps * (rows // groups), -1)
+
+    gates = grad.chunk(values.shape[0], 2)
+    parts = [
+        wide_product(of_groups(gate).transpose(-2, -1), of_groups(value))
+        for gate, value in zip(gates, values, strict=True)
+    ]
+    product = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+    return product.mul_(scale).to(grad.dtype)
 
 
 def recurrent_weight_gradient(layer: Layer, grad_recurrent: Tensor, previous: Tensor) -> Tensor:
     """``dW_hh`` from ``da`` and what :func:`previous_hidden` made."""
-    weight = layer.tensors.weight_hh
-    gradient = weight_gradient(grad_recurrent, previous, layer.rates.recurrent_scale, weight.dtype)
-    return masked_weight(layer._replace(tensors=layer.tensors._replace(weight_hh=gradient)))
+    gradient = weight_gradient(layer, grad_recurrent, previous, layer.rates.recurrent_scale)
+    if not layer.drawn_weight:
+        return gradient
+    if not layer.gradient_groups:
+        return masked_weight(layer._replace(tensors=layer.tensors._replace(weight_hh=gradient)))
+    ones = torch.ones_like(layer.tensors.weight_hh)
+    mask = masked_weight(layer._replace(tensors=layer.tensors._replace(weight_hh=ones)))
+    return torch.where(mask != 0.0, gradient, 0.0)
 
 
 def input_gradient(layer: Layer, grad_input_gates: Tensor) -> Tensor:
     """``dx (T, B, I)`` from ``dr (T, B, 4H)`` in the storage type."""
-    tensors, (steps, rows, _) = layer.tensors, layer.sizes
+    tensors, (steps, rows, *_) = layer.tensors, layer.sizes
     weight, grad = tensors.weight_ih, grad_input_gates.flatten(0, 1)
     width = weight.shape[1]
     if layer.untied_input:
@@ -189,11 +208,13 @@ def input_gradient(layer: Layer, grad_input_gates: Tensor) -> Tensor:
         tensors.seed if mask else None,
         steps,
         rows,
+        layer.sizes.group_rows,
         layer.rates.stream,
         threshold(layer.raw_rates[1]),
         layer.input_scale,
         width,
         mask,
+        layer.flags.grouped_seed,
         _ROWS,
         _COLUMNS,
     )

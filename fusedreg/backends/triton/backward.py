@@ -14,15 +14,13 @@ from fusedreg.backends.triton.after_loop import (
     recurrent_weight_gradient,
     weight_gradient,
 )
-from fusedreg.backends.triton.backward_loop import Gradients, Incoming, Saved, backward_loop
+from fusedreg.backends.triton.backward_loop import Gradients, Incoming, Saved, Wanted, backward_loop
 from fusedreg.backends.triton.before_loop import input_product, masked_input, masked_weight, summed_bias
 from fusedreg.backends.triton.input_norm import normalised
-from fusedreg.backends.triton.layout import Layer, LoopInputs, loop_inputs, make_layer
+from fusedreg.backends.triton.layout import Layer, LoopInputs, aligned, loop_inputs, make_layer
 from fusedreg.backends.triton.norm_gradients import averaged_counts, term_sums, through_input_norm
 from fusedreg.encoding import NORM_LAYER, NORM_NONE, NUMBER_OF_TENSORS, SAVE_RECOMPUTE
 from fusedreg.fakes import backward_fake
-
-_TENSORS = NUMBER_OF_TENSORS
 
 
 class Kept(NamedTuple):
@@ -76,8 +74,8 @@ def layer_backward(*arguments: Any) -> tuple[Tensor, ...]:
     results = list(backward_fake(*arguments))  # empty tensors, here on a real device
     if results[0].device.type != "meta" and arguments[4].shape[1] == 0:
         return tuple(result.zero_() for result in results)
-    layer = make_layer((*arguments[4 : 4 + _TENSORS], *arguments[-4:-1]))
-    kept = Kept(*(value.contiguous() for value in arguments[4 + _TENSORS : -4]))
+    layer = make_layer((*arguments[4 : 4 + NUMBER_OF_TENSORS], *arguments[-4:-1]))
+    kept = Kept(*(aligned(value) for value in arguments[4 + NUMBER_OF_TENSORS : -4]))
     inputs = _inputs(layer)
     previous = None
     if needed.weight_hh or layer.options[13] == SAVE_RECOMPUTE:
@@ -89,7 +87,12 @@ def layer_backward(*arguments: Any) -> tuple[Tensor, ...]:
         Saved(kept.cells, terms.recurrent, kept.recurrent_statistics, kept.cell_statistics),
         incoming,
         activated=terms.activated,
-        to_initial_hidden=needed.initial_hidden,
+        wanted=Wanted(
+            needed.initial_hidden,
+            needed.weight_hr,
+            results[Needed._fields.index("hidden_probe")] if needed.hidden_probe else None,
+            results[Needed._fields.index("cell_probe")] if needed.cell_probe else None,
+        ),
     )
     found = _after_loop(layer, kept, terms, grads, previous, needed)
     for place, (name, wanted) in enumerate(zip(Needed._fields, needed, strict=True)):
@@ -123,7 +126,7 @@ def _after_loop(
     layer: Layer, kept: Kept, terms: Terms, grads: Gradients, previous: Tensor | None, needed: Needed
 ) -> dict[str, Tensor]:
     """Every gradient that is needed, by name, from what the loop left."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {"hidden_probe": grads.hidden_probe, "cell_probe": grads.cell_probe}
     storage = layer.tensors.weight_hh.dtype
     found |= _norm_gradients(layer, kept, terms, grads)
     if needed.weight_hh:
@@ -132,19 +135,36 @@ def _after_loop(
     grad_input_gates = found.pop("input_gates", grads.grad_recurrent)
     if needed.weight_ih:
         values = masked_input(layer)
-        found["weight_ih"] = weight_gradient(grad_input_gates, values, layer.input_scale, storage)
+        found["weight_ih"] = weight_gradient(layer, grad_input_gates, values, layer.input_scale)
+    if needed.weight_hr:
+        found["weight_hr"] = weight_gradient(layer, grads.projected, grads.activated.unsqueeze(0), 1.0)
     if needed.input:
         found["input"] = input_gradient(layer, grad_input_gates)
     if needed.initial_hidden:
-        found["initial_hidden"] = grads.hidden.to(storage, copy=True)
+        hidden = grads.direct[1] if layer.flags.projected else grads.hidden
+        found["initial_hidden"] = hidden.to(storage, copy=True)
     if needed.initial_cell:
         found["initial_cell"] = grads.cell[0].clone()
     of_gates = grads.grad_recurrent if grads.grad_gates is None else grads.grad_gates
     shifts = ("bias_ih", "bias_hh", "norm_input_bias", "norm_recurrent_bias")
     if any(getattr(needed, name) for name in shifts):
-        bias = of_gates.flatten(0, 1).sum(0, dtype=torch.float32)
+        groups = layer.gradient_groups
+        by_group = of_gates.unflatten(1, (groups, -1)).transpose(1, 2) if groups else of_gates
+        bias = by_group.flatten(0, 1).sum(0, dtype=torch.float32)
         found |= {name: bias.to(storage, copy=True) for name in shifts}
     return found
+
+
+def _sum_over_rows(layer: Layer, value: Tensor) -> Tensor:
+    """The sum over the first axis, ``(B, ...)``; with groups of gradients, over the rows of each, ``(S, ...)``."""
+    groups = layer.gradient_groups
+    return value.unflatten(0, (groups, -1)).sum(1) if groups else value.sum(0)
+
+
+def _gain_gradient(layer: Layer, sums: Tensor) -> Tensor:
+    """Of a norm's gain, from what :func:`term_sums` found."""
+    gain = sums[:, :, 1].sum(1).to(layer.tensors.weight_hh.dtype)
+    return gain if layer.gradient_groups else gain[0]
 
 
 def _norm_gradients(layer: Layer, kept: Kept, terms: Terms, grads: Gradients) -> dict[str, Tensor]:
@@ -152,18 +172,18 @@ def _norm_gradients(layer: Layer, kept: Kept, terms: Terms, grads: Gradients) ->
     flags, storage = layer.flags, layer.tensors.weight_hh.dtype
     found: dict[str, Tensor] = {}
     if flags.norm_cell:
-        shift, gain = grads.cell_sums.sum(0).to(storage)
-        found["norm_cell_bias"], found["norm_cell_weight"] = shift.clone(), gain.clone()
+        sums = _sum_over_rows(layer, grads.cell_sums).to(storage)
+        found["norm_cell_bias"], found["norm_cell_weight"] = (each.clone() for each in sums.unbind(-2))
     if flags.norm_recurrent:
         counts = averaged_counts(layer, grads.counts, pooled=False)
         sums = term_sums(layer, grads.grad_gates, terms.recurrent, kept.recurrent_statistics, counts)
-        found["norm_recurrent_weight"] = sums[:, 1].sum(0).to(storage)
+        found["norm_recurrent_weight"] = _gain_gradient(layer, sums)
         found["input_gates"] = grads.grad_gates.to(storage)
     if flags.norm_input:
         pooled = bool(flags.norm != NORM_LAYER and layer.options[11])
         counts = averaged_counts(layer, grads.counts, pooled=pooled)
         given = (grads.grad_gates, terms.input, kept.input_statistics, counts)
         sums = term_sums(layer, *given, pooled=pooled)  # type: ignore[arg-type]
-        found["norm_input_weight"] = sums[:, 1].sum(0).to(storage)
+        found["norm_input_weight"] = _gain_gradient(layer, sums)
         found["input_gates"] = through_input_norm(layer, *given, sums, pooled=pooled)  # type: ignore[arg-type]
     return found

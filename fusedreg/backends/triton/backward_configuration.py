@@ -22,7 +22,8 @@ class BackwardBlock(NamedTuple):
 
     A product takes ``rows`` by ``columns`` of ``da`` and ``columns`` by ``units`` of ``W_hh``. ``wide`` holds a whole
     row's units, and a stage that owns rows takes ``whole_rows`` of them. ``norm`` is the norm that acts inside the
-    loop, ``activated`` whether the gates were kept after their activations, ``precision`` Triton's ``input_precision``.
+    loop, ``activated`` whether the gates were kept after their activations, ``sums_by_row`` whether the gradients of
+    ``N_c``'s gain and shift are left by row or by step, ``precision`` Triton's ``input_precision``.
     """
 
     rows: int
@@ -33,6 +34,7 @@ class BackwardBlock(NamedTuple):
     norm: int
     activated: int
     persistent: int
+    sums_by_row: int
     precision: str
 
 
@@ -55,6 +57,9 @@ def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | 
         activated: whether the saved gates went through their activations.
         persistent: force one of the two kinds, for tests. ``None``: persistent where that leaves a program
             two tiles at most, so that a step's launch would cost more than it brings.
+
+    Raises:
+        ValueError: with ``persistent=True`` for a layer that has no such kernel, with the reason.
     """
     flags, rows, hidden_size = layer.flags, layer.sizes.rows, layer.flags.hidden_size
     dtype, device = layer.tensors.weight_hh.dtype, layer.tensors.weight_hh.device
@@ -64,8 +69,11 @@ def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | 
     tile_rows, tile_units = _tiles(rows, hidden_size, present, norm)
     unit_tiles, row_tiles = -(-hidden_size // tile_units), -(-rows // tile_rows)
     tiles = unit_tiles if norm == NORM_BATCH else unit_tiles * row_tiles
+    refused = configurations.persistent_refused(layer)
+    if persistent and refused:
+        raise ValueError(refused)
     if persistent is None:
-        persistent = tiles <= 2 * present and device.type != "cpu"
+        persistent = tiles <= 2 * present and device.type != "cpu" and not refused
     precision = product_precision(dtype)
     wide = max(16, power_of_two(hidden_size))
     block = BackwardBlock(
@@ -77,6 +85,7 @@ def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | 
         norm=norm,
         activated=int(activated),
         persistent=int(persistent),
+        sums_by_row=int(norm == NORM_LAYER or layer.gradient_groups > 0),
         precision=precision,
     )
     tile_bytes = (block.rows + block.units) * block.columns * dtype.itemsize

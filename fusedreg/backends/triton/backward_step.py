@@ -10,7 +10,7 @@ For the step processed at ``s``, last step first::
 A program owns some units, all four gates of them, for some rows. Without a norm a tile goes through all of it at once
 (:func:`plain_tile`). Batch norm averages over rows: a program owns its units for every row, and passes over its tiles
 once for each average (:func:`batch_units`). Layer norm averages over units: the product is one stage
-(:func:`~fusedreg.backends.triton.backward_product.keep_hidden_gradient`), everything after it another, in which a
+(:func:`~fusedreg.backends.triton.backward_product.keep_gradient`), everything after it another, in which a
 program owns whole rows (:func:`layer_rows`). The step of index -1 is the product alone: the initial state's gradient.
 """
 
@@ -21,9 +21,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedreg.backends.triton.backward_cell import leave_tile, pass_on, read_tile, step_tile, store_gates, through_zones
+from fusedreg.backends.triton.backward_cell import (
+    leave_tile,
+    pass_on,
+    read_tile,
+    step_tile,
+    store_activated,
+    store_gates,
+    store_probes,
+    through_zones,
+)
 from fusedreg.backends.triton.backward_norm import averaged_rows, cell_term, recurrent_term
-from fusedreg.backends.triton.backward_product import hidden_gradient, keep_hidden_gradient
+from fusedreg.backends.triton.backward_product import arriving_gradient, keep_gradient
 from fusedreg.backends.triton.jit_cell import leave_output
 from fusedreg.backends.triton.jit_grid import wait_for
 from fusedreg.backends.triton.jit_storage import narrow
@@ -46,11 +55,13 @@ def plain_tile(s, rows, units, arrivals, target, loop, saved, grads, sizes, rate
     """
     place, cell, arrived = read_tile(s, rows, units, s * 0, loop, saved, grads, sizes, rates, LAYER, BLOCK)
     wait_for_others(arrivals, target)
-    grad_hidden = hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
+    grad_hidden = arriving_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
     gradients = through_zones(grad_hidden, arrived, LAYER)
     valid, position, resets, here = place
     direct, grad_output, grad_previous, grad_candidate, carried = gradients
     grad_argument, grad_o = leave_output(cell[7], cell[3], grad_output)
+    store_probes(grad_hidden, grad_argument, rows, units, position, here, arrived, grads, sizes, LAYER)
+    store_activated(cell[7], cell[3], rows, units, position, here, grads, sizes, LAYER)
     dz, through_forget = leave_tile(cell, grad_candidate + grad_argument, grad_o)
     store_gates(grads.grad_recurrent, rows, units, position, dz, here, sizes, LAYER)
     if grads.grad_gates is not None:
@@ -60,8 +71,8 @@ def plain_tile(s, rows, units, arrivals, target, loop, saved, grads, sizes, rate
 
 
 @triton.jit
-def kept_hidden_gradient(rows, units, grads, sizes, LAYER: tl.constexpr):
-    """What :func:`keep_hidden_gradient` left."""
+def kept_gradient(rows, units, grads, sizes, LAYER: tl.constexpr):
+    """What :func:`keep_gradient` left."""
     present = (rows[:, None] < sizes.rows) & (units[None, :] < LAYER.hidden_size)
     return tl.load(grads.hidden + rows[:, None] * LAYER.hidden_size + units[None, :], mask=present, other=0.0)
 
@@ -70,7 +81,7 @@ def kept_hidden_gradient(rows, units, grads, sizes, LAYER: tl.constexpr):
 def argument_tile(s, rows, units, of_batch, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
                   BLOCK: tl.constexpr):  # fmt: skip
     """A tile up to the gradient of ``N_c``'s result, before its averages are known."""
-    grad_hidden = kept_hidden_gradient(rows, units, grads, sizes, LAYER)
+    grad_hidden = kept_gradient(rows, units, grads, sizes, LAYER)
     place, cell, arrived = read_tile(s, rows, units, of_batch, loop, saved, grads, sizes, rates, LAYER, BLOCK)
     gradients = through_zones(grad_hidden, arrived, LAYER)
     normalised, argument, gain, scale = cell_term(
@@ -78,7 +89,8 @@ def argument_tile(s, rows, units, of_batch, loop, saved, grads, sizes, rates, LA
     )
     grad_argument, grad_o = leave_output(argument, cell[3], gradients[1])
     grad_argument = tl.where(place[3], grad_argument, 0.0)
-    return grad_hidden, place, cell, gradients, (normalised, gain, scale), grad_argument, grad_o
+    store_activated(argument, cell[3], rows, units, place[1], place[3], grads, sizes, LAYER)
+    return grad_hidden, place, cell, gradients, arrived, (normalised, gain, scale), grad_argument, grad_o
 
 
 @triton.jit
@@ -93,7 +105,7 @@ def batch_units(s, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
     HIDDEN: tl.constexpr = LAYER.hidden_size
     first = tl.full((), 0, tl.int32)
     while first < sizes.rows:
-        keep_hidden_gradient(s, first + tl.arange(0, BLOCK.rows), units, loop, grads, sizes, rates, LAYER, BLOCK)
+        keep_gradient(s, first + tl.arange(0, BLOCK.rows), units, loop, grads, sizes, rates, LAYER, BLOCK)
         first += BLOCK.rows
     tl.debug_barrier()
     if s >= 0:
@@ -106,22 +118,26 @@ def batch_units(s, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
             first = tl.full((), 0, tl.int32)
             while first < sizes.rows:
                 rows = first + tl.arange(0, BLOCK.rows)
-                _, _, _, _, norm, grad_argument, _ = argument_tile(
+                _, _, _, _, _, norm, grad_argument, _ = argument_tile(
                     s, rows, units, of_batch, loop, saved, grads, sizes, rates, LAYER, BLOCK
                 )
                 total, products = column_sums(grad_argument, grad_argument * norm[0])
                 cell_sum += total
                 cell_products += products
+                if BLOCK.sums_by_row:
+                    add_to_sums(grads.cell_sums, rows, units, 0, grad_argument, sizes, HIDDEN)
+                    add_to_sums(grads.cell_sums, rows, units, HIDDEN, grad_argument * norm[0], sizes, HIDDEN)
                 first += BLOCK.rows
-            at = grads.cell_sums + s.to(tl.int64) * 2 * HIDDEN + units
-            tl.store(at, cell_sum, mask=units < HIDDEN)
-            tl.store(at + HIDDEN, cell_products, mask=units < HIDDEN)
+            if not BLOCK.sums_by_row:
+                at = grads.cell_sums + s.to(tl.int64) * 2 * HIDDEN + units
+                tl.store(at, cell_sum, mask=units < HIDDEN)
+                tl.store(at + HIDDEN, cell_products, mask=units < HIDDEN)
         sum_i, sum_f, sum_g, sum_o = blank, blank, blank, blank
         products_i, products_f, products_g, products_o = blank, blank, blank, blank
         first = tl.full((), 0, tl.int32)
         while first < sizes.rows:
             rows = first + tl.arange(0, BLOCK.rows)
-            grad_hidden, place, cell, gradients, norm, grad_argument, grad_o = argument_tile(
+            grad_hidden, place, cell, gradients, arrived, norm, grad_argument, grad_o = argument_tile(
                 s, rows, units, of_batch, loop, saved, grads, sizes, rates, LAYER, BLOCK
             )
             valid, position, resets, here = place
@@ -129,6 +145,7 @@ def batch_units(s, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
             if LAYER.norm_cell:
                 mean, slope = (cell_sum * share)[None, :], (cell_products * share)[None, :]
                 grad_argument = norm[1] * norm[2] * (grad_argument - mean - norm[0] * slope)
+            store_probes(grad_hidden, grad_argument, rows, units, position, here, arrived, grads, sizes, LAYER)
             dz, through_forget = leave_tile(cell, grad_candidate + grad_argument, grad_o)
             if LAYER.norm_recurrent:
                 total_i, part_i = gate_sums(0, dz[0], s, rows, units, place, of_batch, loop, saved, sizes, rates, LAYER)
@@ -196,7 +213,7 @@ def layer_rows(s, rows, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, B
     """A step with layer norm, for whole rows; their ``dh`` is there already."""
     HIDDEN: tl.constexpr = LAYER.hidden_size
     units = tl.arange(0, BLOCK.wide)
-    grad_hidden, place, cell, gradients, norm, grad_argument, grad_o = argument_tile(
+    grad_hidden, place, cell, gradients, arrived, norm, grad_argument, grad_o = argument_tile(
         s, rows, units, s * 0, loop, saved, grads, sizes, rates, LAYER, BLOCK
     )
     valid, position, resets, here = place
@@ -208,6 +225,7 @@ def layer_rows(s, rows, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, B
         grad = grad_argument * gain
         mean, slope = tl.sum(grad, 1) / HIDDEN, tl.sum(grad * normalised, 1) / HIDDEN
         grad_argument = scale * (grad - mean[:, None] - normalised * slope[:, None])
+    store_probes(grad_hidden, grad_argument, rows, units, position, here, arrived, grads, sizes, LAYER)
     dz, through_forget = leave_tile(cell, grad_candidate + grad_argument, grad_o)
     if grads.grad_gates is not None:
         store_gates(grads.grad_gates, rows, units, position, dz, here, sizes, LAYER)
@@ -257,13 +275,13 @@ def units_stage(s, unit_tile, row_tile, arrivals, target, tensors, numbers, LAYE
         batch_units(s, units, loop, saved, grads, sizes, rates, LAYER, BLOCK)
     elif BLOCK.norm == NORM_LAYER:
         wait_for_others(arrivals, target)
-        keep_hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
+        keep_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
     else:
         if s >= 0:
             plain_tile(s, rows, units, arrivals, target, loop, saved, grads, sizes, rates, LAYER, BLOCK)
         else:
             wait_for_others(arrivals, target)
-            keep_hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
+            keep_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
 
 
 @triton.jit

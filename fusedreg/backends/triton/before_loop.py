@@ -23,6 +23,7 @@ from fusedreg.backends.triton.jit_masks import (
     family_words,
     is_below,
     load_key,
+    row_key,
     threshold,
 )
 from fusedreg.backends.triton.jit_tile import TIED, UNTIED, weight_is_dropped
@@ -48,10 +49,13 @@ def mask_weight_kernel(  # type: ignore[no-untyped-def]
     tl.store(masked + at, tl.load(weight + at, mask=inside & ~dropped, other=0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["step_stride", "row_stride", "steps", "rows", "stream", "limit"])
+@triton.jit(
+    do_not_specialize=["step_stride", "row_stride", "steps", "rows", "group_rows", "stream", "limit"],
+    do_not_specialize_on_alignment=["input"],  # which may be a piece of anything
+)
 def mask_input_kernel(  # type: ignore[no-untyped-def]
-    input, step_stride, row_stride, masked, lengths, seed, steps, rows, stream, limit,
-    WIDTH: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    input, step_stride, row_stride, masked, lengths, seed, steps, rows, group_rows, stream, limit,
+    WIDTH: tl.constexpr, MASK: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``masked (1 or 4, T * B, I) = m_x ⊙ x``, zeros and ones, with 0 in padding whatever that holds."""
     pair = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -68,13 +72,13 @@ def mask_input_kernel(  # type: ignore[no-untyped-def]
     if MASK == 0:
         tl.store(masked + at, value, mask=inside)
     else:
-        key0, key1 = load_key(seed)
+        key0, key1, counted, _ = row_key(row, seed, rows, group_rows, GROUPED)
         zero = tl.zeros_like(value)
         if MASK == TIED:
-            w0, w1, w2, w3 = family_words(column, row, INPUT, stream, key0, key1)
+            w0, w1, w2, w3 = family_words(column, counted, INPUT, stream, key0, key1)
             tl.store(masked + at, tl.where(is_below(w0, limit), zero, value), mask=inside)
         if MASK == UNTIED:
-            w0, w1, w2, w3 = family_words(column, row, UNTIED_INPUT, stream, key0, key1)
+            w0, w1, w2, w3 = family_words(column, counted, UNTIED_INPUT, stream, key0, key1)
             copy = pairs * WIDTH
             tl.store(masked + at, tl.where(is_below(w0, limit), zero, value), mask=inside)
             tl.store(masked + copy + at, tl.where(is_below(w1, limit), zero, value), mask=inside)
@@ -126,10 +130,12 @@ def masked_input(layer: Layer) -> Tensor:
         tensors.seed if mask else None,
         steps,
         rows,
+        layer.sizes.group_rows,
         layer.rates.stream,
         threshold(layer.raw_rates[1]),
         width,
         mask,
+        layer.flags.grouped_seed,
         _ROWS,
         _COLUMNS,
     )
@@ -137,12 +143,17 @@ def masked_input(layer: Layer) -> Tensor:
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in float32, by the library; 16-bit inputs are summed and given back unrounded."""
+    """``left @ right`` in float32, by the library, of matrices or of stacks of them.
+
+    16-bit inputs are summed and given back unrounded: by a product of that kind where the library has one. The CPU's,
+    where only the interpreter runs, and ROCm's have none and get float32 copies, in which products are exact.
+    """
     if left.dtype == torch.float32:
         return left @ right
-    if left.device.type == "cpu":  # has no product of that kind; only the interpreter runs there
+    if left.device.type == "cpu" or torch.version.hip is not None:
         return left.float() @ right.float()
-    return torch.mm(left, right, out_dtype=torch.float32)
+    product = torch.mm if left.dim() == 2 else torch.bmm
+    return product(left, right, out_dtype=torch.float32)
 
 
 def input_product(layer: Layer, input: Tensor) -> Tensor:

@@ -93,7 +93,8 @@ def whole_rows(rows: int) -> int:
 
 def product_precision(dtype: torch.dtype) -> str:
     """Triton's ``input_precision``: TF32 only where torch may use it for float32 products too."""
-    exact = dtype != torch.float32 or not allows_tf32()
+    # AMD's GPUs have TF32 in one generation alone, and Triton refuses it for the others.
+    exact = dtype != torch.float32 or not allows_tf32() or torch.version.hip is not None
     return "ieee" if exact else "tf32"
 
 
@@ -103,8 +104,14 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
     Args:
         layer: the call.
         persistent: force one of the two kinds, for tests. ``None``: persistent where all programs fit at once.
+
+    Raises:
+        ValueError: with ``persistent=True`` for a layer that has no such kernel, with the reason.
     """
     hidden_size, rows = layer.flags.hidden_size, layer.sizes.rows
+    refused = persistent_refused(layer)
+    if persistent and refused:
+        raise ValueError(refused)
     dtype, device = layer.tensors.weight_hh.dtype, layer.tensors.weight_hh.device
     limits = device_limits(device)
     present = limits.multiprocessors
@@ -112,7 +119,7 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
     precision = product_precision(dtype)
     fitting = [units for units in _UNITS if -(-hidden_size // units) <= present]
     if persistent is None:
-        persistent = bool(fitting) and present > 1
+        persistent = bool(fitting) and present > 1 and not refused
     if persistent:
         units = (fitting or [max(8, power_of_two(hidden_size))])[0]
     else:
@@ -149,6 +156,16 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
     )
 
 
+def persistent_refused(layer: Layer) -> str | None:
+    """Why a layer has no persistent kernel, in either direction, whatever its size; ``None`` where it has."""
+    if layer.flags.projected:
+        return (
+            f"persistent: expected a layer without a projection, got proj_size={layer.flags.projected_size}: its step "
+            "has a second product, whose operands all programs would have to exchange; it runs a kernel a step"
+        )
+    return None
+
+
 def product_stages(tile_bytes: int, shared_bytes: int) -> int:
     """How many of a product's tiles are on their way at once: three, or what the shared memory holds."""
     return max(1, min(3, (shared_bytes - _SPARE_BYTES) // tile_bytes))
@@ -161,23 +178,23 @@ def _stage_bytes(layer: Layer, block: Block) -> int:
 
 
 def _columns(layer: Layer, rows: int, units: int, precision: str, limits: Device | None) -> tuple[int, bool]:
-    """How many columns a tile of ``W_hh`` has, and whether a program can hold all of its tiles over the steps.
+    """How many columns a tile of ``W_hh (4H, P)`` has, and whether a program can hold all of its tiles over the steps.
 
     True float32 runs on no tensor core: its operands go through registers, so tiles are narrow, and read each step.
     """
-    hidden_size, dtype = layer.flags.hidden_size, layer.tensors.weight_hh.dtype
-    most = max(16, power_of_two(hidden_size))
+    depth, dtype = layer.flags.projected_size, layer.tensors.weight_hh.dtype
+    most = max(16, power_of_two(depth))
     if dtype == torch.float32 and precision == "ieee":
         return min(16, most), False
     if limits is not None:
         copies = 4 if layer.flags.hidden_dropout == UNTIED else 1
         columns = _TILE_BYTES // (rows * dtype.itemsize * copies)
-        columns = min(most, max(columns, power_of_two(-(-hidden_size // _TILES))))
+        columns = min(most, max(columns, power_of_two(-(-depth // _TILES))))
         least = min(columns, max(64, most // _TILES))
         while columns >= least:
-            padded = -(-hidden_size // columns) * columns
+            padded = -(-depth // columns) * columns
             held = 4 * units * padded + copies * rows * columns
-            if padded <= _PADDING * hidden_size or columns == least:
+            if padded <= _PADDING * depth or columns == least:
                 if held * dtype.itemsize + _SPARE_BYTES <= limits.shared_bytes:
                     return columns, True
             columns //= 2

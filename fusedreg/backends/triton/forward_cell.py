@@ -12,10 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedreg.backends.triton.jit_cell import begin_cell, finish_cell
-from fusedreg.backends.triton.jit_masks import SEQUENCE, UNTIED_HIDDEN, family_words, is_below, load_key
+from fusedreg.backends.triton.jit_cell import begin_cell, finish_cell, tanh, zoned
+from fusedreg.backends.triton.jit_masks import SEQUENCE, UNTIED_HIDDEN, family_words, is_below
 from fusedreg.backends.triton.jit_storage import keep_activation, narrow, rounded
-from fusedreg.backends.triton.jit_tile import TIED, UNTIED, row_order, row_resets, tile_masks
+from fusedreg.backends.triton.jit_tile import TIED, UNTIED, row_counters, row_order, row_resets, tile_masks
 
 
 @triton.jit
@@ -23,17 +23,6 @@ def tile_order(s, rows, tensors, numbers, LAYER: tl.constexpr):
     """Which rows take part in step ``s``, their positions, and which of them start from zeros."""
     valid, position = row_order(s, rows, tensors.inputs.lengths, numbers.sizes, LAYER.reverse)
     return valid, position, row_resets(rows, valid, position, tensors.inputs.reset, numbers.sizes)
-
-
-@triton.jit
-def mask_key(tensors):
-    """The seed's two words; zeros where nothing is drawn."""
-    if tensors.inputs.seed is None:
-        key0 = tl.full((), 0, tl.uint32)
-        key1 = key0
-    else:
-        key0, key1 = load_key(tensors.inputs.seed)
-    return key0, key1
 
 
 @triton.jit
@@ -54,13 +43,26 @@ def load_terms(rows, units, valid, position, tensors, numbers, LAYER: tl.constex
 
 
 @triton.jit
+def load_hidden(rows, units, valid, resets, tensors, LAYER: tl.constexpr):
+    """``h_{s-1}`` in float32, after the step's reset."""
+    size: tl.constexpr = LAYER.projected_size
+    kept = (valid & ~resets)[:, None] & (units < size)[None, :]
+    at = (rows.to(tl.int64) * size)[:, None] + units[None, :]
+    return tl.load(tensors.results.final_hidden + at, mask=kept, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def load_states(rows, units, valid, resets, tensors, LAYER: tl.constexpr):
-    """``h_{s-1}`` and ``c_{s-1}`` in float32, after the step's reset."""
+    """``h_{s-1}`` and ``c_{s-1}`` in float32, after the step's reset; with a projection no ``h``, but zeros."""
     size: tl.constexpr = LAYER.hidden_size
     kept = (valid & ~resets)[:, None] & (units < size)[None, :]
     at = (rows.to(tl.int64) * size)[:, None] + units[None, :]
-    hidden = tl.load(tensors.results.final_hidden + at, mask=kept, other=0.0).to(tl.float32)
-    return hidden, tl.load(tensors.results.final_cell + at, mask=kept, other=0.0)
+    cell = tl.load(tensors.results.final_cell + at, mask=kept, other=0.0)
+    if LAYER.projected:
+        hidden = tl.zeros_like(cell)
+    else:
+        hidden = load_hidden(rows, units, valid, resets, tensors, LAYER)
+    return hidden, cell
 
 
 @triton.jit
@@ -142,7 +144,7 @@ def publish(half, hidden, rows, units, live, tensors, numbers, LAYER: tl.constex
 
     One copy, or with untied masks one a gate. The scale of what is kept is the product's.
     """
-    size: tl.constexpr = LAYER.hidden_size
+    size: tl.constexpr = LAYER.projected_size
     copies: tl.constexpr = 4 if LAYER.hidden_dropout == UNTIED else 1
     copy = numbers.sizes.rows.to(tl.int64) * size
     inside = live[:, None] & (units < size)[None, :]
@@ -152,13 +154,13 @@ def publish(half, hidden, rows, units, live, tensors, numbers, LAYER: tl.constex
     if LAYER.hidden_dropout == 0:
         tl.store(to, hidden, mask=inside)
     else:
-        key0, key1 = mask_key(tensors)
+        key0, key1, row, _ = row_counters(rows, tensors.inputs.seed, numbers.sizes, LAYER)
+        stream = numbers.rates.stream
         if LAYER.hidden_dropout == TIED:
-            w0, w1, w2, w3 = family_words(units[None, :], rows[:, None], SEQUENCE, numbers.rates.stream, key0, key1)
+            w0, w1, w2, w3 = family_words(units[None, :], row, SEQUENCE, stream, key0, key1)
             tl.store(to, tl.where(is_below(w0, limit), zero, hidden), mask=inside)
         else:
-            stream = numbers.rates.stream
-            w0, w1, w2, w3 = family_words(units[None, :], rows[:, None], UNTIED_HIDDEN, stream, key0, key1)
+            w0, w1, w2, w3 = family_words(units[None, :], row, UNTIED_HIDDEN, stream, key0, key1)
             tl.store(to, tl.where(is_below(w0, limit), zero, hidden), mask=inside)
             tl.store(to + copy, tl.where(is_below(w1, limit), zero, hidden), mask=inside)
             tl.store(to + 2 * copy, tl.where(is_below(w2, limit), zero, hidden), mask=inside)
@@ -182,10 +184,25 @@ def finish_states(
     argument, o, candidate, previous_hidden, previous_cell, zone_hidden, zone_cell, output_mask, tensors,
     LAYER: tl.constexpr,
 ):  # fmt: skip
-    """From ``N_c(candidate)`` to the new ``h``, rounded to the storage type, the new ``c``, and ``y``."""
-    hidden, cell, hidden_candidate = finish_cell(
-        argument, o, candidate, previous_hidden, previous_cell, zone_hidden, zone_cell
-    )
+    """From ``N_c(candidate)`` to the new ``h``, rounded to the storage type, the new ``c``, and ``y``.
+
+    With a projection ``h`` is what goes into its product, ``u``, and ``y`` is nothing.
+    """
+    if LAYER.projected:
+        output = o * tanh(argument)
+        hidden = output
+        cell = zoned(zone_cell, previous_cell, candidate)
+    else:
+        hidden, cell, hidden_candidate = finish_cell(
+            argument, o, candidate, previous_hidden, previous_cell, zone_hidden, zone_cell
+        )
+        hidden, output = finish_hidden(hidden, hidden_candidate, output_mask, tensors, LAYER)
+    return hidden, cell, output
+
+
+@triton.jit
+def finish_hidden(hidden, hidden_candidate, output_mask, tensors, LAYER: tl.constexpr):
+    """The new ``h`` rounded to the storage type, and ``y``."""
     hidden = rounded(hidden, tensors.results.output.dtype.element_ty)
     if LAYER.candidate_output:
         output = hidden_candidate
@@ -193,15 +210,44 @@ def finish_states(
         output = hidden
     if LAYER.output_dropout or LAYER.dropout:
         output = output * output_mask
-    return hidden, cell, output
+    return hidden, output
+
+
+@triton.jit
+def hand_on(half, hidden, rows, units, valid, tensors, numbers, LAYER: tl.constexpr):
+    """What others wait for: ``h`` for the next step's product, or ``u`` for this step's projection."""
+    if LAYER.projected:
+        at = (rows.to(tl.int64) * LAYER.hidden_size)[:, None] + units[None, :]
+        inside = valid[:, None] & (units < LAYER.hidden_size)[None, :]
+        tl.store(tensors.state.activated + at, hidden, mask=inside)
+    else:
+        storage: tl.constexpr = tensors.results.output.dtype.element_ty
+        publish(half, narrow(hidden, storage), rows, units, valid, tensors, numbers, LAYER)
 
 
 @triton.jit
 def store_states(hidden, cell, output, rows, units, valid, position, tensors, numbers, LAYER: tl.constexpr):
-    """Write every result of the step, and the state that the next one finds."""
+    """Write every result of the step, and the state that the next one finds; with a projection the cell's alone."""
+    results = tensors.results
+    size: tl.constexpr = LAYER.hidden_size
+    known = (units < size)[None, :]
+    live = valid[:, None] & known
+    if not LAYER.projected:
+        store_hidden(hidden, output, rows, units, valid, position, tensors, numbers, LAYER)
+    if results.cells is not None:
+        inside = (rows < numbers.sizes.rows)[:, None] & known
+        at = ((position.to(tl.int64) * numbers.sizes.rows + rows) * size)[:, None] + units[None, :]
+        tl.store(results.cells + at, tl.where(live, cell, 0.0), mask=inside)
+    carried = (rows.to(tl.int64) * size)[:, None] + units[None, :]
+    tl.store(results.final_cell + carried, cell, mask=live)
+
+
+@triton.jit
+def store_hidden(hidden, output, rows, units, valid, position, tensors, numbers, LAYER: tl.constexpr):
+    """Write ``y``, and ``h`` for the next step and, where it is kept, for the backward."""
     results = tensors.results
     storage: tl.constexpr = results.output.dtype.element_ty
-    size: tl.constexpr = LAYER.hidden_size
+    size: tl.constexpr = LAYER.projected_size
     known = (units < size)[None, :]
     live = valid[:, None] & known
     inside = (rows < numbers.sizes.rows)[:, None] & known
@@ -209,11 +255,8 @@ def store_states(hidden, cell, output, rows, units, valid, position, tensors, nu
     tl.store(results.output + at, narrow(tl.where(live, output, 0.0), storage), mask=inside)
     if results.hidden is not None:
         tl.store(results.hidden + at, narrow(tl.where(live, hidden, 0.0), storage), mask=inside)
-    if results.cells is not None:
-        tl.store(results.cells + at, tl.where(live, cell, 0.0), mask=inside)
     carried = (rows.to(tl.int64) * size)[:, None] + units[None, :]
     tl.store(results.final_hidden + carried, narrow(hidden, storage), mask=live)
-    tl.store(results.final_cell + carried, cell, mask=live)
 
 
 @triton.jit
@@ -222,16 +265,14 @@ def finish_tile(
     output_mask, tensors, numbers, LAYER: tl.constexpr,
 ):  # fmt: skip
     """From ``N_c(candidate)`` to the new state and every result of the step."""
-    storage: tl.constexpr = tensors.results.output.dtype.element_ty
     hidden, cell, output = finish_states(
         argument, o, candidate, previous_hidden, previous_cell, zone_hidden, zone_cell, output_mask, tensors, LAYER
     )
-    publish((s + 1) % 2, narrow(hidden, storage), rows, units, valid, tensors, numbers, LAYER)
+    hand_on((s + 1) % 2, hidden, rows, units, valid, tensors, numbers, LAYER)
     store_states(hidden, cell, output, rows, units, valid, position, tensors, numbers, LAYER)
 
 
 @triton.jit
 def draw_masks(rows, units, position, tensors, numbers, LAYER: tl.constexpr):
     """The step's masks: :func:`~fusedreg.backends.triton.jit_tile.tile_masks` with the call's key."""
-    key0, key1 = mask_key(tensors)
-    return tile_masks(rows, units, position, key0, key1, numbers.rates, LAYER)
+    return tile_masks(rows, units, position, tensors.inputs.seed, numbers.sizes, numbers.rates, LAYER)

@@ -10,6 +10,7 @@ from fusedreg.backends.triton.configurations import Configuration, forward_confi
 from fusedreg.backends.triton.forward_batch import batch_step_of_units
 from fusedreg.backends.triton.forward_cell import publish
 from fusedreg.backends.triton.forward_persistent import persistent_kernel
+from fusedreg.backends.triton.forward_projection import projection_kernel
 from fusedreg.backends.triton.forward_rows import step_of_rows
 from fusedreg.backends.triton.forward_step import product_of_units, step_of_units
 from fusedreg.backends.triton.jit_grid import COUNTER_STRIDE
@@ -36,10 +37,19 @@ def start_kernel(  # type: ignore[no-untyped-def]
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     units = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
     present = rows < numbers.sizes.rows
-    inside = present[:, None] & (units < LAYER.hidden_size)[None, :]
-    at = (rows.to(tl.int64) * LAYER.hidden_size)[:, None] + units[None, :]
+    inside = present[:, None] & (units < LAYER.projected_size)[None, :]
+    at = (rows.to(tl.int64) * LAYER.projected_size)[:, None] + units[None, :]
     hidden = tl.load(tensors.results.final_hidden + at, mask=inside, other=0.0)
     publish(0, hidden, rows, units, present, tensors, numbers, LAYER)
+
+
+@triton.jit
+def share_of_grid(rows_per_group, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's units and rows. The grid has one axis: a second one ends at 65,535, of which rows may need more."""
+    programs: tl.constexpr = (LAYER.hidden_size + BLOCK.units - 1) // BLOCK.units
+    units = tl.program_id(0) % programs * BLOCK.units + tl.arange(0, BLOCK.units)
+    first_row = tl.program_id(0) // programs * rows_per_group
+    return units, first_row, tl.minimum(first_row + rows_per_group, numbers.sizes.rows)
 
 
 @triton.jit(do_not_specialize=["s", "numbers", "rows_per_group"])
@@ -48,9 +58,7 @@ def units_kernel(  # type: ignore[no-untyped-def]
 ):
     """One step of a program's units, for its rows."""
     numbers = restored_numbers(numbers)
-    units = tl.program_id(0) * BLOCK.units + tl.arange(0, BLOCK.units)
-    first_row = tl.program_id(1) * rows_per_group
-    last_row = tl.minimum(first_row + rows_per_group, numbers.sizes.rows)
+    units, first_row, last_row = share_of_grid(rows_per_group, numbers, LAYER, BLOCK)
     step_of_units(s, units, first_row, last_row, None, 0, (), tensors, numbers, LAYER, BLOCK)
 
 
@@ -68,9 +76,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
 ):
     """The first stage of a step with layer norm: some columns of the product."""
     numbers = restored_numbers(numbers)
-    units = tl.program_id(0) * BLOCK.units + tl.arange(0, BLOCK.units)
-    first_row = tl.program_id(1) * rows_per_group
-    last_row = tl.minimum(first_row + rows_per_group, numbers.sizes.rows)
+    units, first_row, last_row = share_of_grid(rows_per_group, numbers, LAYER, BLOCK)
     product_of_units(s, units, first_row, last_row, (), tensors, numbers, LAYER, BLOCK)
 
 
@@ -93,7 +99,8 @@ def forward_state(layer: Layer, results: ForwardResults, configuration: Configur
 
     by_stages = in_stages(flags)
     return ForwardState(
-        exchange=torch.empty(2, copies, rows, size, dtype=results.output.dtype, device=device),
+        exchange=torch.empty(2, copies, rows, flags.projected_size, dtype=results.output.dtype, device=device),
+        activated=new(flags.projected, rows, size),
         raw=new(by_stages and results.gates is None, rows, 4 * size),
         candidates=new(by_stages and flags.norm_cell, rows, size),
         output_gates=new(by_stages and flags.norm_cell, rows, size),
@@ -123,7 +130,7 @@ def forward_loop(layer: Layer, inputs: LoopInputs, results: ForwardResults) -> N
     tensors = ForwardTensors(inputs, results, forward_state(layer, results, configuration))
     numbers = packed_numbers(layer.sizes, layer.rates)
     block = configuration.block
-    grid = (triton.cdiv(layer.sizes.rows, block.rows), triton.cdiv(layer.flags.hidden_size, block.units))
+    grid = (triton.cdiv(layer.sizes.rows, block.rows), triton.cdiv(layer.flags.projected_size, block.units))
     start_kernel[grid](tensors, numbers, layer.flags, block.rows, block.units)
     if block.persistent:
         persistent_kernel[configuration.programs, configuration.groups](
@@ -143,8 +150,9 @@ def forward_loop(layer: Layer, inputs: LoopInputs, results: ForwardResults) -> N
 
 def _launch_steps(tensors: ForwardTensors, numbers: Numbers, layer: Layer, configuration: Configuration) -> None:
     flags, block = layer.flags, configuration.block
-    grid = (configuration.programs, configuration.groups)
+    grid = (configuration.programs * configuration.groups,)
     row_grid = (triton.cdiv(layer.sizes.rows, block.whole_rows),)
+    projection_grid = (triton.cdiv(layer.sizes.rows, block.rows) * triton.cdiv(flags.projected_size, block.units),)
     launch = {"num_warps": configuration.warps, "num_stages": configuration.stages}
     grouped = (tensors, numbers, configuration.rows_per_group, flags, block)
     for s in range(layer.sizes.steps):
@@ -155,3 +163,5 @@ def _launch_steps(tensors: ForwardTensors, numbers: Numbers, layer: Layer, confi
         else:
             product_kernel[grid](s, *grouped, **launch)
             rows_kernel[row_grid](s, tensors, numbers, flags, block, **launch)
+        if flags.projected:
+            projection_kernel[projection_grid](s, tensors, numbers, flags, block, **launch)

@@ -19,10 +19,10 @@ import triton.language as tl
 from fusedreg.backends.triton.forward_cell import (
     draw_masks,
     finish_states,
+    hand_on,
     keep_gates,
     load_states,
     load_terms,
-    publish,
     store_raw,
     store_states,
     tile_order,
@@ -36,7 +36,7 @@ from fusedreg.backends.triton.forward_norm import (
 )
 from fusedreg.backends.triton.jit_cell import begin_cell
 from fusedreg.backends.triton.jit_grid import arrive, wait_for
-from fusedreg.backends.triton.jit_storage import dot, narrow
+from fusedreg.backends.triton.jit_storage import dot
 from fusedreg.backends.triton.jit_tile import UNTIED
 
 
@@ -56,14 +56,15 @@ def tile_columns(first_column, BLOCK: tl.constexpr):
 def load_weight(gate, units, first_column, tensors, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """A tile of one gate's rows of ``W_hh``, turned: ``(columns, units)``, or ``(split, columns, units)``."""
     size: tl.constexpr = LAYER.hidden_size
+    depth: tl.constexpr = LAYER.projected_size
     columns = tile_columns(first_column, BLOCK)
-    row = (gate * size + units).to(tl.int64) * size
+    row = (gate * size + units).to(tl.int64) * depth
     if BLOCK.split > 1:
-        inside = (units < size)[None, :, None] & (columns < size)[:, None, :]
+        inside = (units < size)[None, :, None] & (columns < depth)[:, None, :]
         weight = tensors.inputs.weight_hh + row[None, :, None] + columns[:, None, :]
         tile = tl.permute(tl.load(weight, mask=inside, other=0.0), (0, 2, 1))
     else:
-        inside = (units < size)[:, None] & (columns < size)[None, :]
+        inside = (units < size)[:, None] & (columns < depth)[None, :]
         weight = tensors.inputs.weight_hh + row[:, None] + columns[None, :]
         tile = tl.trans(tl.load(weight, mask=inside, other=0.0))
     return tile
@@ -73,10 +74,10 @@ def load_weight(gate, units, first_column, tensors, LAYER: tl.constexpr, BLOCK: 
 def resident_weights(units, tensors, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """Every tile of ``W_hh`` that a program with these units ever needs, to be held over all steps; or nothing."""
     tiles = ()
-    size: tl.constexpr = LAYER.hidden_size
+    depth: tl.constexpr = LAYER.projected_size
     width: tl.constexpr = BLOCK.columns
     if BLOCK.resident:
-        for chunk in tl.static_range(0, size, width):
+        for chunk in tl.static_range(0, depth, width):
             for gate in tl.static_range(4):
                 tiles = tiles + (load_weight(gate, units, chunk, tensors, LAYER, BLOCK),)  # type: ignore[assignment]
     return tiles
@@ -87,10 +88,10 @@ def exchanged(start, first_column, live, LAYER: tl.constexpr, BLOCK: tl.constexp
     """A tile of the masked ``h_{s-1}``: written by other programs, so never from this one's own cache."""
     columns = tile_columns(first_column, BLOCK)
     if BLOCK.split > 1:
-        inside = live[None, :, None] & (columns < LAYER.hidden_size)[:, None, :]
+        inside = live[None, :, None] & (columns < LAYER.projected_size)[:, None, :]
         hidden = start[None, :, None] + columns[:, None, :]
     else:
-        inside = live[:, None] & (columns < LAYER.hidden_size)[None, :]
+        inside = live[:, None] & (columns < LAYER.projected_size)[None, :]
         hidden = start[:, None] + columns[None, :]
     return tl.load(hidden, mask=inside, other=0.0, cache_modifier=".cg")
 
@@ -121,10 +122,10 @@ def add_products(
 @triton.jit
 def recurrent_product(s, rows, units, live, tiles, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """``a^k = (m_h^k ⊙ h_{s-1}) W̃^kᵀ`` of a tile, in float32, for the four gates; 0 in rows that are not ``live``."""
-    size: tl.constexpr = LAYER.hidden_size
+    depth: tl.constexpr = LAYER.projected_size
     copies: tl.constexpr = 4 if LAYER.hidden_dropout == UNTIED else 1
-    copy = numbers.sizes.rows.to(tl.int64) * size
-    start = tensors.state.exchange + (s % 2) * (copies * copy) + rows.to(tl.int64) * size
+    copy = numbers.sizes.rows.to(tl.int64) * depth
+    start = tensors.state.exchange + (s % 2) * (copies * copy) + rows.to(tl.int64) * depth
     split: tl.constexpr = BLOCK.split
     if split > 1:
         a_i = tl.zeros([split, rows.shape[0], units.shape[0]], tl.float32)
@@ -134,14 +135,14 @@ def recurrent_product(s, rows, units, live, tiles, tensors, numbers, LAYER: tl.c
     a_g = a_i
     a_o = a_i
     if BLOCK.resident:
-        chunks: tl.constexpr = (size + BLOCK.columns - 1) // BLOCK.columns
+        chunks: tl.constexpr = (depth + BLOCK.columns - 1) // BLOCK.columns
         for index in tl.static_range(chunks):
             a_i, a_f, a_g, a_o = add_products(
                 a_i, a_f, a_g, a_o, start, copy, index * BLOCK.columns, live,
                 tiles[4 * index], tiles[4 * index + 1], tiles[4 * index + 2], tiles[4 * index + 3], LAYER, BLOCK,
             )  # fmt: skip
     else:
-        for chunk in range(0, size, BLOCK.columns):
+        for chunk in range(0, depth, BLOCK.columns):
             w_i = load_weight(0, units, chunk, tensors, LAYER, BLOCK)
             w_f = load_weight(1, units, chunk, tensors, LAYER, BLOCK)
             w_g = load_weight(2, units, chunk, tensors, LAYER, BLOCK)
@@ -178,7 +179,6 @@ def step_of_units(
 
     Without a norm, or with one of the input's term alone; a batch norm in evaluation too, whose statistics are known.
     """
-    storage: tl.constexpr = tensors.results.output.dtype.element_ty
     eps = numbers.rates.eps
     known = units < LAYER.hidden_size
     if LAYER.norm_recurrent or LAYER.norm_cell:
@@ -226,7 +226,7 @@ def step_of_units(
         hidden, new_cell, output = finish_states(
             argument, o, candidate, previous_hidden, previous_cell, zone_hidden, zone_cell, output, tensors, LAYER
         )
-        publish((s + 1) % 2, narrow(hidden, storage), rows, units, valid, tensors, numbers, LAYER)
+        hand_on((s + 1) % 2, hidden, rows, units, valid, tensors, numbers, LAYER)
         first += BLOCK.rows
         if BLOCK.persistent:
             # The others wait for h alone: count this program in before everything else is written.

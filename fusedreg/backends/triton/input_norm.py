@@ -151,7 +151,7 @@ def input_statistics(layer: Layer, values: Tensor) -> Tensor:
     if not layer.flags.batch_statistics:
         return torch.where(reached, population, 0.0)
     moments = torch.empty(steps, 2, width, dtype=torch.float32, device=device)
-    sizes = packed_sizes(Sizes(steps, rows, 0))
+    sizes = packed_sizes(Sizes(steps, rows, 0, rows))
     batch_moments_kernel[(steps, triton.cdiv(width, _COLUMNS))](
         values, moments, lengths, sizes, width, layer.flags.reverse, _ROWS, _COLUMNS
     )

@@ -50,6 +50,28 @@ def load_key(seed):
 
 
 @triton.jit
+def row_key(row, seed, rows, group_rows, GROUPED: tl.constexpr):
+    """What the counters of some rows are made with: the key's two words, the row that is counted, its first step.
+
+    ``GROUPED``: ``seed`` points to ``(S, 2)`` rows of a seed and a first step, each for ``group_rows`` rows of the
+    call, which are counted from 0 in each group. Otherwise all rows have one seed, and the first step 0.
+    """
+    if GROUPED:
+        group = row // group_rows
+        own = seed + 2 * group
+        value = tl.load(own, mask=row < rows, other=0)
+        key0 = (value & 0xFFFFFFFF).to(tl.uint32)
+        key1 = ((value >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        counted = row - group * group_rows
+        first_step = tl.load(own + 1, mask=row < rows, other=0)
+    else:
+        key0, key1 = load_key(seed)
+        counted = row
+        first_step = row * 0
+    return key0, key1, counted, first_step
+
+
+@triton.jit
 def philox4x32_10(c0, c1, c2, c3, k0, k1):
     """Four words from a counter of four and a key of two, all ``uint32``."""
     for _ in tl.static_range(_ROUNDS):

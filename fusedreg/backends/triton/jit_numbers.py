@@ -37,7 +37,7 @@ def restored(number):
 @triton.jit
 def restored_sizes(sizes):
     """What :func:`packed_sizes` was given."""
-    return Sizes(restored(sizes.steps), restored(sizes.rows), restored(sizes.running_rows))
+    return Sizes(restored(sizes.steps), restored(sizes.rows), restored(sizes.running_rows), restored(sizes.group_rows))
 
 
 @triton.jit

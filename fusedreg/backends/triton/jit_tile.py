@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedreg.backends.triton.jit_masks import SEQUENCE, WEIGHT, family_words, is_below, step_words
+from fusedreg.backends.triton.jit_masks import SEQUENCE, WEIGHT, family_words, is_below, row_key, step_words
 
 DRAWN: tl.constexpr = tl.constexpr(1)
 EXPECTED: tl.constexpr = tl.constexpr(2)
@@ -65,12 +65,26 @@ def inverted(word, threshold, scale):
 
 
 @triton.jit
-def tile_masks(rows, units, position, key0, key1, rates, LAYER: tl.constexpr):
+def row_counters(rows, seed, sizes, LAYER: tl.constexpr):
+    """:func:`~fusedreg.backends.triton.jit_masks.row_key` of a tile's rows, against its units; zeros without masks."""
+    row = rows[:, None]
+    if seed is None:
+        key0 = tl.full((), 0, tl.uint32)
+        key1 = key0
+        first_step = row * 0
+    else:
+        key0, key1, row, first_step = row_key(row, seed, sizes.rows, sizes.group_rows, LAYER.grouped_seed)
+    return key0, key1, row, first_step
+
+
+@triton.jit
+def tile_masks(rows, units, position, seed, sizes, rates, LAYER: tl.constexpr):
     """``zone_hidden, zone_cell, update, cell, output`` of a tile at one step, float32 and of the tile's shape.
 
     What is off is 1, and a zone 0. ``output`` is output dropout's times that of the dropout between layers.
     """
-    row, unit = rows[:, None], units[None, :]
+    unit = units[None, :]
+    key0, key1, row, first_step = row_counters(rows, seed, sizes, LAYER)
     blank = tl.zeros([rows.shape[0], units.shape[0]], tl.float32)
     zone_hidden = blank
     zone_cell = blank
@@ -81,7 +95,8 @@ def tile_masks(rows, units, position, key0, key1, rates, LAYER: tl.constexpr):
     cell_drawn: tl.constexpr = LAYER.zoneout_cell == DRAWN
     update_by_step: tl.constexpr = LAYER.update_dropout == BY_STEP
     if hidden_drawn or cell_drawn or update_by_step or LAYER.dropout:
-        w0, w1, w2, w3 = step_words(unit, row, position[:, None], rates.stream, key0, key1)
+        counted = position[:, None] + first_step
+        w0, w1, w2, w3 = step_words(unit, row, counted, rates.stream, key0, key1)
         if hidden_drawn:
             zone_hidden = tl.where(is_below(w0, rates.zoneout_hidden_threshold), 1.0, blank)
         if cell_drawn:

@@ -36,8 +36,8 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
     """``fusedreg::triton_lstm_layer_backward``: the arguments and results of :mod:`fusedreg.schemas`."""
     tensors, rates, options = Arguments(*arguments[4 : 4 + NUMBER_OF_TENSORS]), *arguments[-4:-2]
     check_arguments(tensors, rates, options)
-    check_backward(options, arguments[-1])
     check_saved(tensors, arguments[4 + NUMBER_OF_TENSORS : -4], options)
+    check_backward(tensors, options, arguments[-1])
     with launching(arguments[4].device):
         return layer_backward(*arguments)
 

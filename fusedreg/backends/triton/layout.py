@@ -32,9 +32,14 @@ BY_STEP, BY_SEQUENCE = 1, 2
 
 
 class LayerFlags(NamedTuple):
-    """What is compiled into a kernel: the hidden size and the options. Numbers, so that they print as such."""
+    """What is compiled into a kernel: the layer's widths and the options. Numbers, so that they print as such.
+
+    ``projected_size`` is ``P``, the width of ``h``: ``hidden_size`` where nothing is ``projected``.
+    """
 
     hidden_size: int
+    projected_size: int
+    projected: int
     reverse: int
     norm: int  # NORM_NONE, NORM_BATCH or NORM_LAYER
     norm_input: int
@@ -50,14 +55,16 @@ class LayerFlags(NamedTuple):
     dropout: int
     candidate_output: int
     fixed_gates: int  # gates are kept in 16-bit fixed point
+    grouped_seed: int  # groups of rows have seeds and first steps of their own
 
 
 class Sizes(NamedTuple):
-    """Steps, rows, and the rows of the running statistics that ``running_index`` points into."""
+    """Steps, rows, the rows of the running statistics that ``running_index`` points into, and those of a group."""
 
     steps: int
     rows: int
     running_rows: int
+    group_rows: int
 
 
 class Rates(NamedTuple):
@@ -84,7 +91,7 @@ class Rates(NamedTuple):
 class LoopInputs(NamedTuple):
     """What the recurrent loop reads, forward and backward; ``None`` where absent.
 
-    ``weight_hh (4H, H)`` is masked, not scaled. ``input_terms (T, B, 4H)`` float32, by position, is ``N_r(r)``, with
+    ``weight_hh (4H, P)`` is masked, not scaled. ``input_terms (T, B, 4H)`` float32, by position, is ``N_r(r)``, with
     anything in padding. ``bias (4H,)`` float32 is the sum of both biases and of a layer norm's two shifts, so that
     ``z = gain ⊙ (a - mean) / std + input_terms + bias``. The running statistics are a batch norm's.
     """
@@ -95,6 +102,7 @@ class LoopInputs(NamedTuple):
     initial_hidden: Any
     initial_cell: Any
     weight_hh: Any
+    weight_hr: Any
     input_terms: Any
     bias: Any
     recurrent_gain: Any
@@ -125,13 +133,15 @@ class ForwardResults(NamedTuple):
 class ForwardState(NamedTuple):
     """What the forward loop keeps beside its results; ``None`` where the layer has no need of it.
 
-    ``exchange (2, copies, B, H)`` in the storage type: the carried ``h``, masked by hidden dropout (four copies where
-    masks are untied), read and written in turn. ``raw (B, 4H)``: a step's ``a`` where no gates are kept.
+    ``exchange (2, copies, B, P)`` in the storage type: the carried ``h``, masked by hidden dropout (four copies where
+    masks are untied), read and written in turn. ``activated (B, H)``: a step's ``u`` on its way to the projection.
+    ``raw (B, 4H)``: a step's ``a`` where no gates are kept.
     ``candidates`` and ``output_gates (B, H)``: of a step whose cell is normalised. ``arrivals``: int32 counters of the
     persistent kernel's barriers, one a group of programs.
     """
 
     exchange: Any
+    activated: Any
     raw: Any
     candidates: Any
     output_gates: Any
@@ -216,6 +226,11 @@ class Layer(NamedTuple):
         """What the product of masked ``x`` and ``W_ih`` is multiplied with."""
         return 1.0 / (1.0 - self.raw_rates[1]) if self.drawn_input else 1.0
 
+    @property
+    def gradient_groups(self) -> int:
+        """Into how many groups of rows the parameters' gradients are told apart; 0 where they are summed."""
+        return self.options[14] if self.options[14] > 1 else 0
+
 
 def make_layer(arguments: Sequence[Any]) -> Layer:
     """A call's arguments in the forms above.
@@ -224,30 +239,44 @@ def make_layer(arguments: Sequence[Any]) -> Layer:
         arguments: the forward operator's 30: 27 tensors, the rates, the options, the norm's eps.
     """
     *given, rates, options, eps = arguments
-    tensors = Arguments(*(_contiguous(name, value) for name, value in zip(TENSOR_ARGUMENTS, given, strict=True)))
+    tensors = Arguments(*(_prepared(name, value) for name, value in zip(TENSOR_ARGUMENTS, given, strict=True)))
     steps, rows = tensors.input.shape[:2]
     if tensors.lengths is not None:
         tensors = tensors._replace(lengths=tensors.lengths.clamp(0, steps))
-    flags = layer_flags(rates, options, tensors.input.dtype, tensors.weight_hh.shape[1])
+    flags = layer_flags(tensors, rates, options)
     running = tensors.running_recurrent_mean if flags.norm_recurrent else tensors.running_cell_mean
-    sizes = Sizes(steps, rows, 0 if running is None else running.shape[0])
+    groups = tensors.seed.shape[0] if tensors.seed is not None and flags.grouped_seed else 1
+    sizes = Sizes(steps, rows, 0 if running is None else running.shape[0], rows // groups)
     return Layer(tensors, flags, sizes, kernel_rates(rates, options, flags, eps), options, rates, eps)
 
 
-def _contiguous(name: str, value: Any) -> Any:
+def _prepared(name: str, value: Any) -> Any:
+    if value is None or name in ("hidden_probe", "cell_probe"):
+        return None  # probes are zeros that nobody reads
     # x is read by a product of its own, which takes it as it is.
-    # Probes are not read.
-    return value if value is None or name in ("input", "hidden_probe", "cell_probe") else value.contiguous()
+    return value if name == "input" else aligned(value)
 
 
-def layer_flags(rates: Sequence[float], options: Sequence[int], dtype: torch.dtype, hidden_size: int) -> LayerFlags:
+def aligned(value: Tensor) -> Tensor:
+    """Contiguous, and at an address that 16 divides: a slice at another one is copied.
+
+    Triton compiles a kernel anew for an address that 16 does not divide, and a slice of a stack of states, resets or
+    flattened parameters may stand anywhere.
+    """
+    value = value.contiguous()
+    return value if value.data_ptr() % 16 == 0 else value.clone()
+
+
+def layer_flags(tensors: Arguments, rates: Sequence[float], options: Sequence[int]) -> LayerFlags:
     """What is compiled into the kernels of a call. A rate of zero is an option that is off."""
     dropout, _, hidden, output, update, cell, _, zoneout_hidden, zoneout_cell = (rate > 0.0 for rate in rates)
     _, reverse, training, untied, update_sequence, _, candidate = options[:7]
     kind, norm_input, norm_recurrent, norm_cell = options[7:11]
     acting = DRAWN if training else EXPECTED
     return LayerFlags(
-        hidden_size=hidden_size,
+        hidden_size=tensors.weight_hh.shape[0] // 4,
+        projected_size=tensors.weight_hh.shape[1],
+        projected=int(tensors.weight_hr is not None),
         reverse=reverse,
         norm=kind,
         norm_input=int(kind != NORM_NONE and norm_input),
@@ -262,7 +291,8 @@ def layer_flags(rates: Sequence[float], options: Sequence[int], dtype: torch.dty
         output_dropout=int(training and output),
         dropout=int(training and dropout),
         candidate_output=int(candidate and zoneout_hidden),
-        fixed_gates=int(dtype != torch.float32 and kind == NORM_NONE),
+        fixed_gates=int(tensors.input.dtype != torch.float32 and kind == NORM_NONE),
+        grouped_seed=int(tensors.seed is not None and tensors.seed.dim() == 2),
     )
 
 
@@ -305,6 +335,7 @@ def loop_inputs(layer: Layer, weight_hh: Tensor, input_terms: Tensor, bias: Tens
         initial_hidden=tensors.initial_hidden,
         initial_cell=tensors.initial_cell,
         weight_hh=weight_hh,
+        weight_hr=tensors.weight_hr,
         input_terms=input_terms,
         bias=bias,
         recurrent_gain=tensors.norm_recurrent_weight if recurrent else None,

@@ -48,32 +48,34 @@ def normalised_tile(  # type: ignore[no-untyped-def]
     return tl.where(here, (value - mean) * spread, 0.0), at, scale
 
 
-@triton.jit(do_not_specialize=["numbers"])
+@triton.jit(do_not_specialize=["numbers", "group_rows"])
 def sums_kernel(  # type: ignore[no-untyped-def]
-    grads, values, statistics, counts, lengths, sums, numbers, WIDTH: tl.constexpr, REVERSE: tl.constexpr,
+    grads, values, statistics, counts, lengths, sums, numbers, group_rows, WIDTH: tl.constexpr, REVERSE: tl.constexpr,
     BY_ROW: tl.constexpr, POOLED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``sums (T, 2, WIDTH)``: each step's sums over its rows of ``dy``, and of ``dy x̂``."""
+    """``sums (groups, T, 2, WIDTH)``: a step's sums over a group's rows of ``dy``, and of ``dy x̂``."""
     numbers = restored_numbers(numbers)
-    s = tl.program_id(0)
+    s = tl.program_id(0) % numbers.sizes.steps
+    group = tl.program_id(0) // numbers.sizes.steps
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     of_batch = s * 0
     if counts is not None:
         of_batch = tl.load(counts + (s * 0 if POOLED else s))
     total = tl.zeros([COLUMNS], tl.float32)
     products = total
-    first = tl.full((), 0, tl.int32)
-    while first < numbers.sizes.rows:
+    first = group * group_rows
+    last = first + group_rows
+    while first < last:
         rows = first + tl.arange(0, ROWS)
         valid, position = row_order(s, rows, lengths, numbers.sizes, REVERSE)
-        here = valid[:, None] & (columns < WIDTH)[None, :]
+        here = (valid & (rows < last))[:, None] & (columns < WIDTH)[None, :]
         normalised, at, _ = normalised_tile(values, statistics, s, rows, columns, here, valid, position, of_batch,
                                             lengths, numbers, WIDTH, BY_ROW, POOLED)  # fmt: skip
         grad = tl.load(grads + at, mask=here, other=0.0)
         total += tl.sum(grad, 0)
         products += tl.sum(grad * normalised, 0)
         first += ROWS
-    at = sums + s.to(tl.int64) * 2 * WIDTH + columns
+    at = sums + tl.program_id(0).to(tl.int64) * 2 * WIDTH + columns
     tl.store(at, total, mask=columns < WIDTH)
     tl.store(at + WIDTH, products, mask=columns < WIDTH)
 
@@ -118,8 +120,10 @@ def layer_gradient_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """``dx`` through a layer norm, of some rows at one step, 0 in padding."""
     numbers = restored_numbers(numbers)
-    s = tl.program_id(0)
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    # One axis: a second one ends at 65,535, of which rows may need more.
+    row_tiles = (numbers.sizes.rows + ROWS - 1) // ROWS
+    s = tl.program_id(0) // row_tiles
+    rows = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
     valid, position = row_order(s, rows, lengths, numbers.sizes, REVERSE)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     products = total
@@ -158,7 +162,9 @@ def averaged_counts(layer: Layer, counts: Tensor | None, *, pooled: bool) -> Ten
 def term_sums(
     layer: Layer, grads: Tensor, values: Tensor, statistics: Tensor, counts: Tensor | None, *, pooled: bool = False
 ) -> Tensor:
-    """``(T, 2, 4H)``: each step's sums of ``dy`` and of ``dy x̂``; the second summed over steps is the gain's gradient.
+    """``(groups, T, 2, 4H)``: each step's sums of ``dy`` and of ``dy x̂`` over the rows of a group.
+
+    There is one group, or the call's ``gradient_groups``. The second sum, summed over steps, is the gain's gradient.
 
     Args:
         layer: the call.
@@ -168,9 +174,10 @@ def term_sums(
         counts: of :func:`averaged_counts`; ``None`` for a layer norm, and where all statistics were constants.
         pooled: whether the statistics are of the whole sequence.
     """
-    steps, _, width = grads.shape
-    sums = torch.empty(steps, 2, width, dtype=torch.float32, device=grads.device)
-    sums_kernel[(steps, triton.cdiv(width, _COLUMNS))](
+    steps, rows, width = grads.shape
+    groups = layer.gradient_groups or 1
+    sums = torch.empty(groups, steps, 2, width, dtype=torch.float32, device=grads.device)
+    sums_kernel[(groups * steps, triton.cdiv(width, _COLUMNS))](
         grads,
         values,
         statistics,
@@ -178,6 +185,7 @@ def term_sums(
         layer.tensors.lengths,
         sums,
         packed_numbers(layer.sizes, layer.rates),
+        rows // groups,
         width,
         layer.flags.reverse,
         int(layer.flags.norm == NORM_LAYER),
@@ -198,17 +206,21 @@ def through_input_norm(
     *,
     pooled: bool,
 ) -> Tensor:
-    """``dr (T, B, 4H)`` in the storage type from ``dz``; arguments as :func:`term_sums`, and its result."""
+    """``dr (T, B, 4H)`` in the storage type from ``dz``; arguments as :func:`term_sums`, and its result.
+
+    Its groups are not told apart: there is but one where statistics are of the batch, else the sums count for nothing.
+    """
     steps, rows, width = grads.shape
     gain, lengths = layer.tensors.norm_input_weight, layer.tensors.lengths
     results = torch.empty(grads.shape, dtype=layer.tensors.weight_ih.dtype, device=grads.device)
     numbers, reverse = packed_numbers(layer.sizes, layer.rates), layer.flags.reverse
     if layer.flags.norm == NORM_LAYER:
         columns = min(256, triton.next_power_of_2(width))
-        layer_gradient_kernel[(steps, triton.cdiv(rows, _FEW_ROWS))](
+        layer_gradient_kernel[(steps * triton.cdiv(rows, _FEW_ROWS),)](
             grads, values, statistics, lengths, gain, results, numbers, width, reverse, _FEW_ROWS, columns
         )
         return results
+    sums = sums[0]
     if pooled:
         sums = sums.sum(0, keepdim=True)
     grid = (steps, triton.cdiv(width, _COLUMNS))
