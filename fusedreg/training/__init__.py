@@ -15,8 +15,10 @@ Example:
 
 from __future__ import annotations
 
+from fusedreg.training.averaging import NonMonotonicTrigger, ParameterAverage
 from fusedreg.training.clipping import GradientNorms, clip_gradients
 from fusedreg.training.components import COMPONENTS, Classified, Component, classify
+from fusedreg.training.constraints import SpectralNormCap, cap_spectral_norm_, cap_spectral_radius_, max_norm_
 from fusedreg.training.embedding_dropout import EmbeddingDropout, embedding_dropout
 from fusedreg.training.groups import parameter_groups
 from fusedreg.training.language_model import AWDLSTM, LanguageModelResult
@@ -30,7 +32,9 @@ from fusedreg.training.penalties import (
     temporal_activation_regularization,
 )
 from fusedreg.training.random_length import RandomLength, scaled_learning_rate
+from fusedreg.training.residual import ResidualLSTM, ResidualResult
 from fusedreg.training.stateful import StatefulBatches, StreamBatch, contiguous_streams
+from fusedreg.training.vanishing import vanishing_gradient_penalty
 
 __all__ = [
     "AWDLSTM",
@@ -41,19 +45,28 @@ __all__ = [
     "GradientNorms",
     "LanguageModelResult",
     "LockedDropout",
+    "NonMonotonicTrigger",
+    "ParameterAverage",
     "RandomLength",
+    "ResidualLSTM",
+    "ResidualResult",
+    "SpectralNormCap",
     "StatefulBatches",
     "StreamBatch",
     "activation_regularization",
     "activity_l1",
     "activity_l2",
+    "cap_spectral_norm_",
+    "cap_spectral_radius_",
     "classify",
     "clip_gradients",
     "contiguous_streams",
     "embedding_dropout",
     "l1_penalty",
     "l2_penalty",
+    "max_norm_",
     "parameter_groups",
     "scaled_learning_rate",
     "temporal_activation_regularization",
+    "vanishing_gradient_penalty",
 ]

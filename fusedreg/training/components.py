@@ -74,11 +74,6 @@ class Classified:
     names: tuple[str, ...]
 
 
-def is_lstm(module: nn.Module) -> bool:
-    """Whether a module is an LSTM: ``fusedreg.LSTM`` or ``nn.LSTM``."""
-    return isinstance(module, (LSTM, nn.LSTM))
-
-
 def places(module: nn.Module) -> list[Place]:
     """The parameters that an LSTM or LSTM cell has by its own account; none of any other module."""
     if isinstance(module, (LSTM, nn.LSTM)):
