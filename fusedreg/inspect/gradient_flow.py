@@ -167,7 +167,8 @@ class GradientFlow(Watcher):
         ValueError: the model has an ``nn.LSTM`` that is not skipped: its steps are inside one library call, where
             nothing can be seen. Replace it with :func:`fusedreg.replace_lstms` (or make the one module a
             :meth:`fusedreg.LSTM.from_torch`), which computes the same.
-        RuntimeError: in a call under ``torch.compile`` or a ``torch.func`` transform; and where flow is asked for
+        RuntimeError: in a call that is compiled as a whole (``fullgraph=True``; else it runs eagerly inside the block)
+            or under a ``torch.func`` transform, or by a named backend without probes; and where flow is asked for
             before a backward has come through. ``torch.autograd.grad`` and ``backward(inputs=...)`` go to what they
             name and nowhere else: use ``loss.backward()``.
 

@@ -81,8 +81,8 @@ class NonFinite(Watcher):
         findings: at most one for the forward and one for the backward of each call, in the order they came about.
 
     Raises:
-        FloatingPointError: with ``raise_error``. RuntimeError: in a call under ``torch.compile`` or a ``torch.func``
-            transform; and for an ``nn.LSTM`` with dropout between its layers in training.
+        FloatingPointError: with ``raise_error``. RuntimeError: as :class:`~fusedreg.inspect.States` raises it; and with
+            ``backward``, by a named backend without probes.
 
     Example:
         >>> import torch, fusedreg

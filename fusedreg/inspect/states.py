@@ -92,8 +92,9 @@ class States(Watcher):
         keep: only the newest ``keep`` calls of each LSTM; ``None``: all.
 
     Raises:
-        RuntimeError: in a call under ``torch.compile`` or a ``torch.func`` transform; and for an ``nn.LSTM`` with
-            dropout between its layers in training, whose masks nobody knows.
+        RuntimeError: in a call that is compiled as a whole (``fullgraph=True``; else it runs eagerly inside the block)
+            or under a ``torch.func`` transform; and for an ``nn.LSTM`` with dropout between its layers in training,
+            whose masks nobody knows.
 
     Example:
         >>> import torch, fusedreg

@@ -1,0 +1,475 @@
+"""The gradients that are shown, against an LSTM written out step by step with torch.autograd's ``retain_grad``."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers import compiled
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
+
+import fusedreg
+from fusedreg.backends import cpu
+from fusedreg.inspect import GradientFlow, States
+
+T, B, I, H, SEED = 6, 3, 3, 4, 11
+Seen = dict[str, Tensor]
+
+
+def module(seed: int = 0, **options: Any) -> fusedreg.LSTM:
+    torch.manual_seed(seed)
+    options = {"backend": "reference", "dtype": torch.float64, **options}
+    return fusedreg.LSTM(I, H, **options)
+
+
+def batch(seed: int = 1) -> Tensor:
+    torch.manual_seed(seed)
+    return torch.randn(T, B, I, dtype=torch.float64)
+
+
+def weights_of_loss(*shape: int) -> Tensor:
+    return torch.linspace(-1.0, 1.3, steps=torch.Size(shape).numel(), dtype=torch.float64).view(shape).sin()
+
+
+def kept(mask: Tensor | None, rate: float) -> Any:
+    return 1.0 if mask is None else (~mask).double() / (1 - rate)
+
+
+def eager_layer(
+    lstm: fusedreg.LSTM, x: Tensor, end: str, lengths: list[int] | None = None, reset: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Seen]:
+    """One layer and direction, a row at a time in Python, each state a tensor that keeps its gradient.
+
+    Returns ``y``, ``h_n``, ``c_n`` and a function's worth of tensors to read ``.grad`` off after a backward. Batch norm
+    mixes rows, so all rows go through a step together.
+    """
+    options, reverse = lstm.regularization, end.endswith("_reverse")
+    sizes = {"hidden_size": H, "batch_size": B, "steps": T, "num_layers": lstm.num_layers}
+    masks = fusedreg.masks(SEED, options, input_size=I, bidirectional=lstm.bidirectional, **sizes)[end[1:]]
+    w_ih, w_hh = getattr(lstm, "weight_ih" + end), getattr(lstm, "weight_hh" + end)
+    bias = getattr(lstm, "bias_ih" + end) + getattr(lstm, "bias_hh" + end)
+    w_hh = w_hh * kept(masks.weight_dropout, options.weight_dropout)
+    h, c = [x.new_zeros(H) for _ in range(B)], [x.new_zeros(H) for _ in range(B)]
+    hidden = x.new_zeros(T, B, H).requires_grad_()  # added to the carried h, and to the cell wherever it is read
+    cell = x.new_zeros(T, B, H).requires_grad_()
+    outputs = [[x.new_zeros(H) for _ in range(B)] for _ in range(T)]
+    for s in range(T):
+        rows = [b for b in range(B) if lengths is None or s < lengths[b]]
+        if not rows:
+            break
+        at = [((T if lengths is None else lengths[b]) - 1 - s) if reverse else s for b in rows]
+        before = [(h[b], c[b]) for b in rows]
+        for number, (t, b) in enumerate(zip(at, rows, strict=True)):
+            if reset is not None and reset[t, b]:
+                before[number] = x.new_zeros(H), x.new_zeros(H)
+        previous_h, previous_c = (torch.stack(values) for values in zip(*before, strict=True))
+        dropped_h = previous_h
+        if masks.hidden_dropout is not None:
+            dropped_h = previous_h * kept(masks.hidden_dropout[rows], options.hidden_dropout)
+        a, r = dropped_h @ w_hh.t(), torch.stack([x[t, b] for t, b in zip(at, rows, strict=True)]) @ w_ih.t()
+        z = normed(lstm, a, "recurrent", end) + normed(lstm, r, "input", end) + bias
+        i, f, g, o = z.chunk(4, -1)
+        candidate_c = f.sigmoid() * previous_c + i.sigmoid() * g.tanh()
+        added_c = torch.stack([cell[t, b] for t, b in zip(at, rows, strict=True)])
+        candidate_h = o.sigmoid() * normed(lstm, candidate_c + added_c, "cell", end).tanh()
+        for number, (t, b) in enumerate(zip(at, rows, strict=True)):
+            stay_c = 0.0 if masks.zoneout_cell is None else masks.zoneout_cell[t, b].double()
+            stay_h = 0.0 if masks.zoneout_hidden is None else masks.zoneout_hidden[t, b].double()
+            c[b] = stay_c * previous_c[number] + (1 - stay_c) * candidate_c[number] + cell[t, b]
+            h[b] = stay_h * previous_h[number] + (1 - stay_h) * candidate_h[number] + hidden[t, b]
+            y = candidate_h[number] if options.zoneout_output == "candidate" else h[b]
+            mask = None if masks.output_dropout is None else masks.output_dropout[b]
+            outputs[t][b] = y * kept(mask, options.output_dropout)
+    y = torch.stack([torch.stack(row) for row in outputs])
+    return y, torch.stack(h), torch.stack(c), {"hidden": hidden, "cell": cell}
+
+
+def normed(lstm: fusedreg.LSTM, value: Tensor, site: str, end: str) -> Tensor:
+    norm = lstm.regularization.norm
+    if norm is None:
+        return value
+    axis = 0 if isinstance(norm, fusedreg.BatchNorm) else -1
+    mean = value.mean(axis, keepdim=True)
+    variance = value.var(axis, correction=0, keepdim=True)
+    bias = getattr(lstm, f"norm_{site}_bias{end}", 0.0)
+    return (value - mean) / (variance + norm.eps).sqrt() * getattr(lstm, f"norm_{site}_weight{end}") + bias
+
+
+def check(lstm: fusedreg.LSTM, lengths: list[int] | None = None, reset: Tensor | None = None) -> None:
+    """All layers and directions at once; a loss that reads every result."""
+    x = batch()
+    ends = [["", "_reverse"][: lstm.num_directions] for _ in range(lstm.num_layers)]
+    below, finals, expected = x, [], []
+    for layer, directions in enumerate(ends):
+        made = [eager_layer(lstm, below, f"_l{layer}{direction}", lengths, reset) for direction in directions]
+        below = torch.cat([own[0] for own in made], -1)
+        finals += [own[1:3] for own in made]
+        expected += [own[3] for own in made]
+
+    def loss(output: Tensor, h_n: Tensor, c_n: Tensor) -> Tensor:
+        return sum((value * weights_of_loss(*value.shape)).sum() for value in (output, h_n, c_n))
+
+    loss(below, torch.stack([own[0] for own in finals]), torch.stack([own[1] for own in finals])).backward()
+    lstm.zero_grad()
+    with GradientFlow(lstm) as flow:
+        output, (h_n, c_n) = lstm(x, lengths=lengths, reset=reset, seed=SEED)
+        loss(output, h_n, c_n).backward()
+    torch.testing.assert_close(output, below)
+    for shown, seen in zip(flow.layers, expected, strict=True):
+        assert seen["hidden"].grad is not None and seen["cell"].grad is not None
+        torch.testing.assert_close(shown.hidden, seen["hidden"].grad)
+        torch.testing.assert_close(shown.cell, seen["cell"].grad)
+
+
+def test_the_loop_itself_has_autograds_gradients() -> None:
+    """What the loop adds to h and c has the gradient that ``retain_grad`` gives where nothing is regularised."""
+    lstm, x = module(), batch()
+    y, _, _, seen = eager_layer(lstm, x, "_l0")
+    (y * weights_of_loss(*y.shape)).sum().backward()
+    h, c = x.new_zeros(B, H), x.new_zeros(B, H)
+    states = []
+    for t in range(T):
+        gates = x[t] @ lstm.weight_ih_l0.t() + h @ lstm.weight_hh_l0.t() + lstm.bias_ih_l0 + lstm.bias_hh_l0
+        i, f, g, o = gates.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        h.retain_grad()
+        c.retain_grad()
+        states.append((h, c))
+    output = torch.stack([own for own, _ in states])
+    (output * weights_of_loss(*output.shape)).sum().backward()
+    torch.testing.assert_close(seen["hidden"].grad, torch.stack([own.grad for own, _ in states]))
+    torch.testing.assert_close(seen["cell"].grad, torch.stack([own.grad for _, own in states]))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layers": {"num_layers": 2, "bidirectional": True},
+    "zoneout": {"zoneout_hidden": 0.3, "zoneout_cell": 0.4},
+    "candidate": {"zoneout_hidden": 0.3, "zoneout_output": "candidate"},
+    "dropout": {"hidden_dropout": 0.3, "output_dropout": 0.3, "weight_dropout": 0.3},
+    "layer_norm": {"norm": fusedreg.LayerNorm()},
+    "batch_norm": {"norm": fusedreg.BatchNorm(max_steps=T)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_against_autograd(options: dict[str, Any]) -> None:
+    check(module(**options))
+
+
+@pytest.mark.parametrize("options", [OPTIONS["layers"], OPTIONS["zoneout"]], ids=["layers", "zoneout"])
+def test_lengths(options: dict[str, Any]) -> None:
+    check(module(**options), lengths=[4, T, 2])
+
+
+def test_resets() -> None:
+    reset = torch.zeros(T, B, dtype=torch.bool)
+    reset[2, 0] = reset[4, 2] = True
+    check(module(zoneout_cell=0.3), reset=reset)
+
+
+@compiled
+def test_the_compiled_backend_shows_the_same_or_refuses_by_name() -> None:
+    flows = []
+    for backend in ("reference", "cpu"):
+        lstm = module(num_layers=2, bidirectional=True, zoneout_cell=0.3, backend=backend)
+        with GradientFlow(lstm) as flow:
+            if backend == "cpu" and cpu.unsupported(torch.device("cpu"), torch.float64, probes=True):
+                with pytest.raises(RuntimeError, match="'cpu' cannot run this call: probes"):
+                    lstm(batch(), seed=SEED)
+                return
+            lstm(batch(), seed=SEED, lengths=[4, T, 0])[0].square().sum().backward()
+        flows.append(flow)
+    for own, reference in zip(flows[1].layers, flows[0].layers, strict=True):
+        torch.testing.assert_close(own.hidden, reference.hidden)
+        torch.testing.assert_close(own.cell, reference.cell)
+
+
+def test_nothing_changes() -> None:
+    """Output, masks, parameter and input gradients, generator: bit for bit; the module is left as it was."""
+    made = []
+    for watched in (False, True):
+        lstm = module(num_layers=2, zoneout_cell=0.3, hidden_dropout=0.2, dropout=0.2)
+        before = dict(lstm.__dict__)
+        x = batch().requires_grad_()
+        torch.manual_seed(3)
+        with GradientFlow(lstm) if watched else torch.enable_grad():
+            output, (h_n, c_n) = lstm(x)
+            (output.square().sum() + h_n.sum() + c_n.sum()).backward()
+        assert lstm.__dict__ == before and lstm._recorder is None
+        made.append([output, h_n, c_n, x.grad, *(own.grad for own in lstm.parameters()), torch.rand(1)])
+    for plain, watched in zip(*made, strict=True):
+        assert torch.equal(plain, watched)
+
+
+def test_the_forward_takes_no_memory_for_it() -> None:
+    lstm, made = module(), []
+    with GradientFlow(lstm) as flow:
+        recorders = lstm._recorder
+        assert recorders is not None
+        begin = recorders.begin
+
+        def spy(layout: Any) -> Any:
+            recording = begin(layout)
+            probes = recording.probes
+            recording.probes = lambda call: made.append(probes(call)) or made[-1]
+            return recording
+
+        recorders.begin = spy  # type: ignore[method-assign]
+        lstm(batch())[0].sum().backward()
+    for probe in made[0]:
+        assert probe.shape[:2] == (T, B) and probe.untyped_storage().nbytes() == probe.element_size()
+        assert probe.grad is None  # handed over, not kept
+    assert flow.layers[0].hidden.abs().sum() > 0
+
+
+def test_layouts() -> None:
+    """Batch first, unbatched, packed: the same numbers, where the caller has them."""
+    x, lengths = batch(), [4, T, 2]
+
+    def seen(lstm: fusedreg.LSTM, input: Any, **call: Any) -> tuple[Any, Any]:
+        with GradientFlow(lstm) as flow:
+            output = lstm(input, **call)[0]
+            (output.data if isinstance(output, PackedSequence) else output).square().sum().backward()
+        return flow.layers[0].hidden, flow.layers[0].cell
+
+    expected = seen(module(), x, lengths=lengths)
+    for own, time_first in zip(
+        seen(module(batch_first=True), x.transpose(0, 1), lengths=lengths), expected, strict=True
+    ):
+        torch.testing.assert_close(own, time_first.transpose(0, 1))
+    for own, time_first in zip(seen(module(), x[:, 1]), expected, strict=True):
+        torch.testing.assert_close(own, time_first[:, 1])
+    for own, time_first in zip(
+        seen(module(), pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)), expected, strict=True
+    ):
+        assert isinstance(own, PackedSequence)
+        torch.testing.assert_close(pad_packed_sequence(own)[0], time_first)
+
+
+def test_projection_and_16_bits() -> None:
+    lstm = module(proj_size=2, dtype=torch.bfloat16)
+    with GradientFlow(lstm) as flow:
+        lstm(batch().bfloat16())[0].sum().backward()
+    (layer,) = flow.layers
+    assert layer.hidden.shape == (T, B, 2) and layer.hidden.dtype == torch.bfloat16
+    assert layer.cell.shape == (T, B, H) and layer.cell.dtype == torch.float32
+
+
+def test_two_forwards_before_a_backward() -> None:
+    lstm = module()
+    with GradientFlow(lstm) as flow:
+        first, second = lstm(batch(1))[0], lstm(batch(2))[0]
+        (first.sum() + 2 * second.sum()).backward()
+    assert [(call.index, call.backwards) for call in flow.calls] == [(0, 1), (1, 1)]
+    for call, seed, factor in zip(flow.calls, (1, 2), (1, 2), strict=True):
+        with GradientFlow(lstm) as alone:
+            (factor * lstm(batch(seed))[0].sum()).backward()
+        torch.testing.assert_close(call.layers[0].cell, alone.layers[0].cell)
+
+
+def test_retained_graphs_add_up() -> None:
+    lstm = module()
+    with GradientFlow(lstm) as flow:
+        output = lstm(batch())[0]
+        output[-1].sum().backward(retain_graph=True)
+        once = flow.layers[0].hidden.clone()
+        output[-1].sum().backward()
+    assert len(flow.calls) == 1 and flow.calls[0].backwards == 2
+    torch.testing.assert_close(flow.layers[0].hidden, 2 * once)
+
+
+def test_truncated_pieces() -> None:
+    """Without detach the pieces show what the whole shows; with it, each piece its own."""
+    lstm, x = module(), batch()
+    with GradientFlow(lstm) as whole:
+        lstm(x)[0][-1].sum().backward()
+    with GradientFlow(lstm) as flow:
+        state, outputs = None, []
+        for piece in fusedreg.truncated.pieces(x, 2):
+            output, state = lstm(piece.input, state)
+            outputs.append(output)
+        outputs[-1][-1].sum().backward()
+    joined = torch.cat([call.layers[0].cell for call in flow.calls])
+    torch.testing.assert_close(joined, whole.layers[0].cell)
+    with GradientFlow(lstm, keep=2) as flow:
+        state = None
+        for piece in fusedreg.truncated.pieces(x, 2):
+            output, state = lstm(piece.input, fusedreg.truncated.detach(state))
+            output[-1].sum().backward()
+    assert [call.index for call in flow.calls] == [1, 2]
+    torch.testing.assert_close(flow.layers[0].cell, whole.layers[0].cell[-2:])
+    flow.clear()
+    assert flow.calls == []
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool) -> None:
+    lstm, x = module(), batch().requires_grad_()
+    with GradientFlow(lstm) as plain:
+        lstm(x)[0].square().sum().backward()
+    with GradientFlow(lstm) as flow:
+        checkpoint(lambda value: lstm(value)[0], x, use_reentrant=reentrant).square().sum().backward()
+    torch.testing.assert_close(flow.layers[0].hidden, plain.layers[0].hidden)
+
+
+def test_a_backward_after_the_block_still_arrives() -> None:
+    lstm = module()
+    with GradientFlow(lstm) as flow:
+        output = lstm(batch())[0]
+    output.sum().backward()
+    assert flow.layers[0].hidden.abs().sum() > 0
+
+
+def test_several_modules_and_watchers() -> None:
+    model = nn.ModuleDict({"encoder": module(num_layers=2), "decoder": module()})
+    with GradientFlow(model) as flow, GradientFlow(model["decoder"]) as inner, States(model):
+        output, state = model["encoder"](batch())
+        output, _ = model["decoder"](batch(2), (state[0][1:], state[1][1:]))
+        output.sum().backward()
+    assert [layer.place.label for layer in flow.layers] == ["encoder.l0", "encoder.l1", "decoder.l0"]
+    assert torch.equal(inner.layers[0].hidden, flow.layers[2].hidden)
+    assert model["encoder"]._recorder is None and model["decoder"]._recorder is None
+    with GradientFlow(model, skip=["encoder"]) as flow:
+        model["decoder"](batch())[0].sum().backward()
+    assert [layer.place.module for layer in flow.layers] == ["decoder"]
+
+
+def test_copies_of_a_watched_module_are_not_watched() -> None:
+    lstm = module()
+    with GradientFlow(lstm):
+        assert copy.deepcopy(lstm)._recorder is None
+        assert pickle.loads(pickle.dumps(lstm))._recorder is None
+
+
+class TestRefusals:
+    def test_nn_lstm_cannot_be_seen_into(self) -> None:
+        with pytest.raises(ValueError, match=r"got nn.LSTM at 1, .*replace_lstms\(model\)"):
+            GradientFlow(nn.Sequential(nn.Linear(2, 3), nn.LSTM(3, 4)))
+        with pytest.raises(ValueError, match=r"the model itself.*from_torch"):
+            GradientFlow(nn.LSTM(3, 4))
+
+    def test_models_without_an_lstm(self) -> None:
+        with pytest.raises(ValueError, match=r"model: expected a fusedreg.LSTM"):
+            GradientFlow(nn.Linear(2, 3))
+        with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
+            GradientFlow(3)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"skip: expected names of LSTMs, got \['x'\]"):
+            GradientFlow(module(), skip="x")
+
+    @pytest.mark.parametrize("keep", [0, True, 1.5])
+    def test_keep(self, keep: Any) -> None:
+        with pytest.raises(ValueError, match="keep: expected an int of at least 1"):
+            GradientFlow(module(), keep=keep)
+
+    def test_no_gradient_has_come(self) -> None:
+        lstm = module()
+        with GradientFlow(lstm) as flow:
+            with torch.no_grad():
+                lstm(batch())
+            torch.autograd.grad(lstm(batch())[0].sum(), lstm.weight_hh_l0)
+        with pytest.raises(RuntimeError, match=r"loss.backward\(\).*got 2 forwards and no gradient.*autograd.grad"):
+            flow.layers  # noqa: B018
+
+    def test_transforms(self) -> None:
+        lstm = module()
+        with GradientFlow(lstm), pytest.raises(RuntimeError, match=r"torch\.func transform"):
+            torch.func.vmap(lambda x: lstm(x)[0])(batch().unsqueeze(0))
+
+    def test_entered_twice(self) -> None:
+        with GradientFlow(module()) as flow, pytest.raises(RuntimeError, match="active already"):
+            flow.__enter__()
+
+    @pytest.mark.compile
+    def test_compiled_calls(self) -> None:
+        """Whole graphs are refused; with graph breaks the call runs eagerly for the length of the block."""
+        lstm, x = module(), batch()
+        whole = torch.compile(lstm, backend="eager", fullgraph=True)
+        whole(x)
+        with GradientFlow(lstm), pytest.raises(Exception, match="expected a call in eager mode"):
+            whole(x)
+        torch._dynamo.reset()
+        breaking = torch.compile(lstm, backend="eager")
+        breaking(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with GradientFlow(lstm) as flow:
+                breaking(x)[0].sum().backward()
+        assert flow.layers[0].hidden.shape == (T, B, H)
+        torch._dynamo.reset()
+
+
+class TestMarks:
+    def test_where_it_vanishes(self) -> None:
+        """Forget gates shut, no way back through W_hh: of a loss on the last step nothing reaches the one before."""
+        lstm = module()
+        with torch.no_grad():
+            lstm.weight_hh_l0.zero_()
+            lstm.bias_ih_l0[H : 2 * H] = -30.0
+        with GradientFlow(lstm) as flow:
+            lstm(batch())[0][-1].sum().backward()
+        marks = flow.layers[0].marks("cell")
+        assert marks.vanishing == tuple(range(T - 1)) and marks.exploding == ()
+        assert marks.reference == pytest.approx(flow.layers[0].norm_over_time("cell")[-1].item())
+
+    def test_where_it_explodes(self) -> None:
+        lstm = module()
+        with torch.no_grad():
+            lstm.weight_hh_l0.fill_(20.0)
+            lstm.weight_ih_l0.zero_()
+            lstm.bias_ih_l0.zero_()
+            lstm.bias_hh_l0.zero_()
+        with GradientFlow(lstm) as flow:
+            lstm(batch())[0][-1].sum().backward()
+        assert (
+            flow.layers[0].marks("hidden", exploding=1e3).exploding
+            == tuple(
+                step
+                for step, norm in enumerate(flow.layers[0].norm_over_time().tolist())
+                if norm > 1e3 * flow.layers[0].norm_over_time()[-1]
+            )
+            != ()
+        )
+
+    def test_bounds_may_be_absolute(self) -> None:
+        with GradientFlow(lstm := module()) as flow:
+            lstm(batch())[0].sum().backward()
+        norms = flow.layers[0].norm_over_time("cell")
+        middle = norms.median().item()
+        marks = flow.layers[0].marks("cell", vanishing=1.0, exploding=1.0, relative_to=middle)
+        assert len(marks.vanishing) + len(marks.exploding) == T - 1 and marks.reference == middle
+
+    def test_what_is_not_finite_has_exploded(self) -> None:
+        with GradientFlow(lstm := module()) as flow:
+            lstm(batch())[0][3].sum().mul(float("inf")).backward()
+        assert set(flow.layers[0].marks().exploding) >= {3}
+
+    def test_the_reverse_direction_begins_at_the_front(self) -> None:
+        with GradientFlow(lstm := module(bidirectional=True)) as flow:
+            lstm(batch())[1][0].sum().backward()
+        norms = flow.layers[1].norm_over_time()
+        assert flow.layers[1].marks().reference == norms[0].item() and norms[0] > norms[-1]
+
+    def test_steps_that_no_row_has_are_not_marked(self) -> None:
+        with GradientFlow(lstm := module()) as flow:
+            lstm(batch(), lengths=[2, 3, 1])[0].sum().backward()
+        layer = flow.layers[0]
+        assert layer.norm_over_time()[3:].isnan().all() and layer.marks(vanishing=0.0).vanishing == ()
+        assert layer.marks().reference == layer.norm_over_time()[2].item()
+
+    def test_bad_arguments(self) -> None:
+        with GradientFlow(lstm := module()) as flow:
+            lstm(batch())[0].sum().backward()
+        with pytest.raises(ValueError, match="0 <= vanishing <= exploding"):
+            flow.layers[0].marks(vanishing=2.0, exploding=1.0)
+        with pytest.raises(ValueError, match="relative_to: expected 'last'"):
+            flow.layers[0].marks(relative_to="first")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="state: expected 'hidden' or 'cell'"):
+            flow.layers[0].norms("output")  # type: ignore[arg-type]
