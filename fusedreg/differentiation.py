@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
+from fusedreg import batching
 from fusedreg.encoding import (
     DIFFERENTIABLE,
     FIRST_RUNNING,
+    GRADIENT_GROUPS,
     NUMBER_OF_TENSORS,
     RETURN_CELLS,
     SAVE,
@@ -48,7 +50,7 @@ class Operators:
         self.name = name
         self.forward: Callable[..., Any] = getattr(library, f"{base}_forward").default
         self.backward: Callable[..., Any] = getattr(library, f"{base}_backward").default
-        self.layer_backward = _backward_function(self.backward)
+        self.layer_backward = _backward_function(self)
         self.layer = _forward_function(self)
         _functions.extend((self.layer, self.layer_backward))
 
@@ -105,19 +107,6 @@ def gradients(operators: Operators, ctx: Any, *grads: Tensor | None) -> tuple[An
     return tuple(gradients)
 
 
-def _loop_over_samples(function: Any, info: Any, in_dims: Sequence[int | None], arguments: Sequence[Any]) -> Any:
-    """The vmap rule of both operators: one call a sample, with the masks that a loop would have drawn."""
-    results = []
-    for sample in range(info.batch_size):
-        chosen = [
-            argument.select(dim, sample) if isinstance(argument, Tensor) and isinstance(dim, int) else argument
-            for argument, dim in zip(arguments, in_dims, strict=True)
-        ]
-        results.append(function.apply(*chosen))
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
-
-
 def _refuse_forward_mode() -> None:
     raise NotImplementedError(
         "fusedreg: expected reverse-mode differentiation, got forward mode (torch.func.jvp, jacfwd, hessian); use "
@@ -155,7 +144,7 @@ def _forward_function(operators: Operators) -> type[_Operator]:
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-            return _loop_over_samples(Layer, info, in_dims, arguments)
+            return batching.forward_rule(operators, info, in_dims, arguments)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -164,14 +153,14 @@ def _forward_function(operators: Operators) -> type[_Operator]:
     return Layer
 
 
-def _backward_function(operator: Callable[..., Any]) -> type[_Operator]:
+def _backward_function(operators: Operators) -> type[_Operator]:
     """The ``autograd.Function`` over a backward operator, differentiable once more through the reference."""
 
     class LayerBackward(_Operator):
         @staticmethod
         def forward(*arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                return operator(*arguments)
+                return operators.backward(*arguments)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -183,7 +172,7 @@ def _backward_function(operator: Callable[..., Any]) -> type[_Operator]:
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-            return _loop_over_samples(LayerBackward, info, in_dims, arguments)
+            return batching.backward_rule(operators, info, in_dims, arguments)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -233,14 +222,19 @@ def second_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     places = [position for position in DIFFERENTIABLE if tensors[position] is not None]
     given = [place for place, grad in enumerate(output_grads) if grad is not None]
     inner = [places.index(DIFFERENTIABLE[place]) for place in wanted]
+    groups = max(1, ctx.options[GRADIENT_GROUPS])
+    by_group = {DIFFERENTIABLE[place] for place in wanted if groups > 1} & batching.PARAMETERS
+
+    def results(full: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        result = call_layer(reference.lstm_layer, full, options, running)
+        four = (result.output, result.final_hidden, result.final_cell, result.cells)
+        return tuple(value for place in given if (value := four[place]) is not None)
 
     def outputs(*primals: Tensor) -> tuple[Tensor, ...]:
         full: list[Tensor | None] = list(tensors)
         for position, primal in zip(places, primals, strict=True):
             full[position] = primal
-        result = call_layer(reference.lstm_layer, full, options, running)
-        four = (result.output, result.final_hidden, result.final_cell, result.cells)
-        return tuple(value for place in given if (value := four[place]) is not None)
+        return results(full) if groups == 1 else batching.run_by_group(results, full, by_group, given, groups)
 
     def first_gradients(*primals: Tensor) -> tuple[Tensor, ...]:
         values, cotangents = primals[: len(places)], primals[len(places) :]
@@ -251,18 +245,22 @@ def second_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
                 replaced[place] = value
             return outputs(*replaced)
 
-        pullback = torch.func.vjp(of_inner, *(values[place] for place in inner))[1]
+        chosen = [values[place] for place in inner]
+        for n, place in enumerate(inner):
+            if places[place] in by_group:  # a parameter for each group has a gradient for each group
+                chosen[n] = chosen[n].expand(groups, *chosen[n].shape)
+        pullback = torch.func.vjp(of_inner, *chosen)[1]
         return tuple(pullback(cotangents))
 
     primals = [tensors[position] for position in places] + [output_grads[place] for place in given]
     pullback = torch.func.vjp(first_gradients, *primals)[1]
     seconds = pullback(tuple(grads[place] for place in wanted))
-    results: list[Tensor | None] = [None] * _BACKWARD_ARGUMENTS
+    gradients: list[Tensor | None] = [None] * _BACKWARD_ARGUMENTS
     for position, second in zip(places, seconds[: len(places)], strict=True):
-        results[4 + position] = second
+        gradients[4 + position] = second
     for place, second in zip(given, seconds[len(places) :], strict=True):
-        results[place] = second
-    return tuple(results)
+        gradients[place] = second
+    return tuple(gradients)
 
 
 def call_layer(
