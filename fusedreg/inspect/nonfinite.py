@@ -69,7 +69,8 @@ class NonFinite(Watcher):
 
     After each layer its weights, input and results are looked at, which makes a GPU wait; where something is not
     finite, the layer is computed once more by the reference, step by step, to find the first such value. Of an
-    ``nn.LSTM`` every call is, since nothing inside of it can be seen, and its backward is not watched.
+    ``nn.LSTM`` every call is, since nothing inside of it can be seen, and its backward is not watched. A pre-activation
+    that overflows to infinity opens or shuts its gate, and goes no further: it is found only where it leads to more.
 
     Args:
         model: a :class:`fusedreg.LSTM` or an ``nn.LSTM``, or a module with some inside.
@@ -296,7 +297,8 @@ def _first(bad: Tensor, lengths: Tensor | None, direction: int, backward: bool =
     if direction == REVERSE:
         last = bad.shape[0] - 1 if lengths is None else lengths[found[:, 1]] - 1
         processed = last - processed
-    chosen = (-processed if backward else processed).sort(stable=True).indices[0]
+    order = (-processed if backward else processed) * bad.shape[1] + found[:, 1]
+    chosen = order.sort(stable=True).indices[0]
     step, row, unit = found[chosen].tolist()
     return step, row, unit
 
