@@ -87,10 +87,26 @@ def test_pieces_without_lengths_or_batch() -> None:
     assert all(piece.lengths is None and piece.reset is None for piece in found)
 
 
+def test_steps_from_a_function() -> None:
+    draws = iter([3, 1, 20])
+    found = list(truncated.pieces(torch.zeros(9, 2, 1), lambda: next(draws), lengths=[9, 3]))
+    assert [(piece.start, len(piece.input)) for piece in found] == [(0, 3), (3, 1), (4, 5)]
+    assert [piece.lengths.tolist() for piece in found if piece.lengths is not None] == [[3, 3], [1, 0], [5, 0]]
+
+
+def test_the_states_of_several_layers() -> None:
+    states = [(torch.ones(1, 2, size, requires_grad=True) * 2, torch.ones(1, 2, size)) for size in (3, 4)]
+    assert [part.requires_grad for pair in truncated.detach(states) for part in pair] == [False] * 4
+    rows = truncated.reset_rows(states, torch.tensor([True, False]))
+    assert [part.sum().item() for pair in rows for part in pair] == [6.0, 3.0, 8.0, 4.0]
+
+
 def test_bad_arguments() -> None:
     input = torch.zeros(5, 2, 3)
     with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
         truncated.pieces(input, 0)
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        list(truncated.pieces(input, lambda: 0))
     with pytest.raises(TypeError, match=r"steps: expected an int, got 2\.5"):
         truncated.pieces(input, 2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"reset: expected shape \(5, 2\).*got \(2, 5\)"):
