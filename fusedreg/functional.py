@@ -176,13 +176,14 @@ def run_stack(
 
 
 class Call(NamedTuple):
-    """What :func:`run` gives: the user's result, and what the running statistics are updated from."""
+    """What :func:`run` gives: the user's result, what the running statistics are updated from, and the seed."""
 
     result: LSTMResult | LSTMResultWithCells
     statistics: list[BatchStatistics | None]
     lengths: Tensor | None
     steps: int
     rows: int
+    seed: Tensor | None
 
 
 def run(
@@ -261,7 +262,7 @@ def run(
     result: LSTMResult | LSTMResultWithCells = LSTMResult(output, (final_hidden, final_cell))
     if plan.return_cells:
         result = LSTMResultWithCells(output, (final_hidden, final_cell), cells)
-    return Call(result, statistics, lengths, steps, rows)
+    return Call(result, statistics, lengths, steps, rows, seed_tensor)
 
 
 def _layer_function(backend: str, plan: Plan, input: Tensor, *, probes: bool) -> LayerFunction:

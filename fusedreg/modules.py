@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,6 @@ from fusedreg.functional import LSTMResult, LSTMResultWithCells, Plan
 from fusedreg.layer import LayerParameters
 from fusedreg.parameters import Architecture, suffix
 from fusedreg.recording import Recorder
-from fusedreg.refusals import Refusals
 from fusedreg.regularization import (
     BatchNorm,
     GateMasks,
@@ -28,9 +26,10 @@ from fusedreg.regularization import (
     WeightMask,
     ZoneoutOutput,
 )
+from fusedreg.regularized import RegularizedModule
 
 
-class LSTM(Refusals, nn.Module):
+class LSTM(RegularizedModule):
     """A multi-layer LSTM with its regularisers inside: :class:`torch.nn.LSTM`'s signature, and more.
 
     With every rate zero and no norm it is exactly ``nn.LSTM``, and parameters carry its names, so that a
@@ -39,8 +38,10 @@ class LSTM(Refusals, nn.Module):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
             in :class:`torch.nn.LSTM`, in its order. ``dropout`` is below 1, and may be one rate a layer.
-        regularization: a :class:`~fusedreg.Regularization`; or pass its fields themselves, as the arguments from
-            ``input_dropout`` to ``norm``, which are described there.
+        regularization: a :class:`~fusedreg.Regularization`; or pass its fields themselves:
+        input_dropout, hidden_dropout, output_dropout, update_dropout, cell_dropout, weight_dropout, zoneout_hidden,
+            zoneout_cell, gate_masks, update_mask, weight_mask, zoneout_output, norm: see
+            :class:`~fusedreg.Regularization`.
         recompute: keep only states for the backward, about a third of the memory, and recompute the gates there.
         backend: ``"auto"``, or one by name, which then either runs or raises: ``"cpu"``, ``"cuda"``, ``"triton"``,
             ``"reference"``. See :func:`fusedreg.backends.explain`.
@@ -48,6 +49,7 @@ class LSTM(Refusals, nn.Module):
     Attributes:
         regularization: what is in force; may be replaced at any time by one with the same ``norm``.
         dropout: its between-layer dropout, as ``nn.LSTM``'s attribute; may be assigned.
+        last_seed: the seed of the last call that drew masks, to replay it with ``seed=``.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected, what came, and the remedy.
@@ -70,6 +72,7 @@ class LSTM(Refusals, nn.Module):
     batch_first: bool
     bidirectional: bool
     proj_size: int
+    _derived = ("_plans", "_groups", "_buffer_groups")
     _recorder: Recorder | None = None  # who watches the calls: see fusedreg.inspect
 
     def __init__(
@@ -192,26 +195,8 @@ class LSTM(Refusals, nn.Module):
             self._regularization.norm,
         )
 
-    @property
-    def regularization(self) -> Regularization:
-        """The regularisers in force. Assign another one to change rates between calls; ``norm`` stays as made."""
-        return self._regularization
-
-    @regularization.setter
-    def regularization(self, value: Regularization) -> None:
-        if not isinstance(value, Regularization):
-            raise TypeError(
-                f"regularization: expected a fusedreg.Regularization, got {type(value).__name__}; make one with "
-                f"dataclasses.replace(module.regularization, ...)"
-            )
-        if value.norm != self._regularization.norm:
-            raise ValueError(
-                f"regularization: expected norm={self._regularization.norm!r}, which the parameters were made for, "
-                f"got norm={value.norm!r}; make a new LSTM to change the normalisation"
-            )
-        value.check_layers(self.num_layers)
-        self._regularization = value
-        self._prepare()
+    def _check(self, regularization: Regularization) -> None:
+        regularization.check_layers(self.num_layers)
 
     @property
     def dropout(self) -> Any:
@@ -226,23 +211,6 @@ class LSTM(Refusals, nn.Module):
     def num_directions(self) -> int:
         """2 with ``bidirectional``, else 1."""
         return 2 if self.bidirectional else 1
-
-    def reset_parameters(self) -> None:
-        """Draw the weights as ``nn.LSTM`` does; gains, shifts and running statistics get their initial values."""
-        bound = 1.0 / math.sqrt(self.hidden_size)
-        for name, parameter in self.named_parameters(recurse=False):
-            if not name.startswith("norm_"):
-                nn.init.uniform_(parameter, -bound, bound)
-        self.reset_norm()
-
-    def reset_norm(self) -> None:
-        """Give the norm's gains and shifts their initial values, and forget a batch norm's running statistics."""
-        norm = self._regularization.norm
-        gain = norm.weight_init if isinstance(norm, BatchNorm) else 1.0
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.startswith("norm_"):
-                nn.init.constant_(parameter, gain if "_weight_" in name else 0.0)
-        running_statistics.reset_buffers(dict(self.named_buffers(recurse=False)))
 
     def forward(
         self,
@@ -287,6 +255,8 @@ class LSTM(Refusals, nn.Module):
         running = self._layer_buffers() if self._buffer_groups else None
         layers, recorder = self._layer_parameters(), self._recorder
         call = functional.run(plan, input, hx, layers, running, lengths, reset, seed, generator, self.backend, recorder)
+        if plan.draws:
+            self._remember_seed(call.seed)
         norm = self._regularization.norm
         if running is not None and plan.training and isinstance(norm, BatchNorm):
             sizes = {"steps": call.steps, "rows": call.rows}
@@ -387,13 +357,3 @@ class LSTM(Refusals, nn.Module):
         parts += [f"recompute={self.recompute}"] if self.recompute else []
         parts += [f"backend={self.backend!r}"] if self.backend != "auto" else []
         return ", ".join(parts)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for derived in ("_plans", "_groups", "_buffer_groups"):
-            state.pop(derived, None)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._prepare()
