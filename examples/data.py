@@ -174,17 +174,22 @@ def adding(rows: int, steps: int, generator: torch.Generator) -> tuple[Tensor, T
 
 
 def copying(
-    rows: int, delay: int, symbols: int, generator: torch.Generator, alphabet: int = 8
+    rows: int, delay: int, symbols: int, generator: torch.Generator, earlier: int = 0, alphabet: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """The copying problem: ``(symbols + delay + symbols, rows, alphabet + 2)`` one-hot, targets ``(symbols, rows)``.
+    """The copying problem: ``(2 symbols + delay, rows, alphabet + 2)`` one-hot, targets ``(2 symbols + delay, rows)``.
 
-    ``symbols`` letters are shown, then blanks; from step ``symbols + delay`` on a cue asks for the letters in order.
+    ``symbols`` letters are shown, then blanks; ``delay`` steps later, or in each row up to ``earlier`` steps sooner,
+    cues ask for the letters in their order. Targets are -100 where there is no cue.
     """
     letters = torch.randint(alphabet, (symbols, rows), generator=generator)
+    start = symbols + delay - torch.randint(earlier + 1, (rows,), generator=generator)
+    places, every = start + torch.arange(symbols).unsqueeze(1), torch.arange(rows)
     shown = torch.full((2 * symbols + delay, rows), alphabet)
     shown[:symbols] = letters
-    shown[symbols + delay :] = alphabet + 1
-    return torch.nn.functional.one_hot(shown, alphabet + 2).float(), letters
+    shown[places, every] = alphabet + 1
+    targets = torch.full_like(shown, -100)
+    targets[places, every] = letters
+    return torch.nn.functional.one_hot(shown, alphabet + 2).float(), targets
 
 
 def rare_events(rows: int, steps: int, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

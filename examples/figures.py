@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def draw_curves(panel: Any, results: Results, part: str, curve: str) -> None:
         if not lines:
             continue
         places = [point[0] for point in lines[0]]
-        heights = [[point[1] for point in points] for points in zip(*lines, strict=True)]
+        heights = [
+            [math.nan if point[1] is None else point[1] for point in points] for points in zip(*lines, strict=True)
+        ]
         panel.plot(places, [statistics.fmean(height) for height in heights], label=variant["name"], linewidth=1.2)
         panel.fill_between(places, [min(height) for height in heights], [max(height) for height in heights], alpha=0.15)
 

@@ -10,6 +10,7 @@ that part of ``examples/results/NAME.json``; with ``--check`` it changes nothing
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 import sys
@@ -26,18 +27,23 @@ BLOCK = re.compile(r"(<!-- example: (\w+), ([\w ]+) -->\n)(.*?)(<!-- /example --
 
 
 def values(results: Results, part: str, variant: str, metric: str) -> list[float]:
-    """One number a seed, NaN where a run found none."""
+    """One number a seed; NaN where a run found none."""
     runs = [run for run in results["runs"] if (run["part"], run["variant"]) == (part, variant)]
     found = [run["metrics"][metric] for run in sorted(runs, key=lambda run: run["seed"])]
     return [float("nan") if value is None else value for value in found]
 
 
 def mean_and_spread(numbers: Sequence[float], digits: int) -> str:
-    """``mean ± standard deviation`` over the seeds; a single seed has no spread."""
-    mean = statistics.fmean(numbers)
-    if len(numbers) < 2:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
+    """``mean ± standard deviation`` over the seeds; a single seed has no spread.
+
+    Seeds without a number are left out and counted: ``(2 of 3)``; a dash where none has one.
+    """
+    found = [number for number in numbers if math.isfinite(number)]
+    if not found:
+        return "–"
+    text = f"{statistics.fmean(found):.{digits}f}"
+    text += f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return text + (f" ({len(found)} of {len(numbers)})" if len(found) < len(numbers) else "")
 
 
 def cells(results: Results, part: str) -> tuple[list[str], list[list[str]]]:
