@@ -26,8 +26,7 @@ namespace {
 
 using stable::ArgumentReader;
 
-constexpr stable::Missing kMissing{/*projection=*/true, /*grouped_seed=*/false, /*probes=*/true,
-                                   /*gradient_groups=*/false};
+constexpr stable::Missing kMissing{};
 
 // Set in the child of a fork. torch's OpenMP threads do not survive one, and libgomp then waits for them for ever.
 std::atomic<bool> forked{false};

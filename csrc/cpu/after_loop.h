@@ -22,7 +22,7 @@ class AfterLoop {
     const int64_t pairs = plan.first[last_step] - plan.first[first_step];
     int64_t first, last;
     split(pairs, kTileRows, share.worker, share.workers, first, last);
-    if (context.wants_weight_ih || context.wants_weight_hh) {
+    if (context.wants_weight_ih || context.wants_weight_hh || context.wants_weight_hr) {
       if (!context.rebuilds) {
         if (context.wants_weight_ih) gather_inputs(plan, context.masks.input, first_step, first, last, context.inputs);
         if (context.wants_weight_hh) {
@@ -45,11 +45,14 @@ class AfterLoop {
     const Plan<Storage>& plan = context.plan;
     const BackwardParams& params = context.params;
     if (context.wants_weight_ih) {
-      write_weight(context, share, context.gradient_ih, plan.I, false, no_steps, params.grad_weight_ih);
+      write_weight(context, share, context.gradient_ih, plan.H, plan.I, false, no_steps, params.grad_weight_ih);
     }
     if (context.wants_weight_hh) {
-      write_weight(context, share, context.gradient_hh, plan.H, plan.weight_dropout.drawn, no_steps,
+      write_weight(context, share, context.gradient_hh, plan.H, plan.P, plan.weight_dropout.drawn, no_steps,
                    params.grad_weight_hh);
+    }
+    if (context.wants_weight_hr) {
+      write_weight(context, share, context.gradient_hr, plan.P, plan.H, false, no_steps, params.grad_weight_hr);
     }
     for (int64_t rank = share.worker; rank < plan.B; rank += share.workers) write_states(context, rank);
     context.barrier.wait(share.workers);
@@ -73,8 +76,12 @@ class AfterLoop {
                   context.input_panels);
     }
     if (context.wants_weight_hh) {
-      pack_copies(share, context.hidden_rows, plan.hidden_stride, context.hidden_copies(), pairs, plan.padded_hidden,
-                  context.hidden_panels);
+      pack_copies(share, context.hidden_rows, plan.projected_stride, context.hidden_copies(), pairs,
+                  plan.padded_projected, context.hidden_panels);
+    }
+    if (context.wants_weight_hr) {
+      pack_copies(share, context.unprojected, plan.hidden_stride, 1, pairs, plan.padded_hidden,
+                  context.unprojected_panels);
     }
   }
 
@@ -94,7 +101,7 @@ class AfterLoop {
   template <class Pairs>
   static void weight_gradients(const Context& context, const Share& share, const Pairs& pairs, bool accumulate) {
     const Plan<Storage>& plan = context.plan;
-    const int64_t hidden_width = rounded_up(plan.padded_hidden, panel_width);
+    const int64_t hidden_width = rounded_up(plan.padded_projected, panel_width);
     const int64_t input_width = rounded_up(plan.padded_input, panel_width);
     const Compute* hidden_panels = context.hidden_panels + pairs.before * context.hidden_copies() * hidden_width;
     const Compute* input_panels = context.input_panels + pairs.before * context.input_copies() * input_width;
@@ -106,7 +113,7 @@ class AfterLoop {
       if (context.wants_weight_hh) {
         const int64_t copy = hidden_width * pairs.count;
         weight_gradient<Compute>(context.grad_recurrent + at, plan.gate_stride,
-                                 hidden_panels + (plan.untied_hidden ? gate * copy : 0), pairs, plan.padded_hidden,
+                                 hidden_panels + (plan.untied_hidden ? gate * copy : 0), pairs, plan.padded_projected,
                                  first, last, turned, context.gradient_hh.gate(gate, pairs.group),
                                  context.gradient_hh.row_stride, accumulate);
       }
@@ -118,6 +125,12 @@ class AfterLoop {
                                  context.gradient_ih.row_stride, accumulate);
       }
     }
+    if (!context.wants_weight_hr) return;
+    split(plan.P, kTileRows, share.worker, share.workers, first, last);
+    weight_gradient<Compute>(context.grad_projected, plan.projected_stride,
+                             context.unprojected_panels + pairs.before * rounded_up(plan.padded_hidden, panel_width),
+                             pairs, plan.padded_hidden, first, last, turned, context.gradient_hr.gate(0, pairs.group),
+                             context.gradient_hr.row_stride, accumulate);
   }
 
   // dx = m_x (dr W_ih), row by row of the caller's input.
@@ -147,7 +160,7 @@ class AfterLoop {
                                       plan.padded_hidden, mask_of, sum);
         } else {
           column_tile<Compute>(rows, vectors, dr, plan.gate_stride, panels, begin / panel_width, offset / kTileRows,
-                               plan.padded_hidden, sum);
+                               4 * plan.padded_hidden, sum);
         }
         for (int m = 0; m < rows; ++m) {
           for (int v = 0; v < vectors; ++v) {
@@ -187,23 +200,24 @@ class AfterLoop {
     }
   }
 
+  // `rows`: of each gate.
   static void write_weight(const Context& context, const Share& share, const AccumulatedWeight<Compute>& gradient,
-                           int64_t columns, bool dropped, bool no_steps, void* result) {
+                           int64_t rows, int64_t columns, bool dropped, bool no_steps, void* result) {
     if (gradient.in_place && !no_steps) return;
     const Plan<Storage>& plan = context.plan;
     Compute* mask = context.room_of(share);
     int64_t first, last;
-    split(plan.H, kTileRows, share.worker, share.workers, first, last);
-    for (int gate = 0; gate < 4; ++gate) {
+    split(rows, kTileRows, share.worker, share.workers, first, last);
+    for (int gate = 0; gate < gradient.gates; ++gate) {
       for (int64_t unit = first; unit < last; ++unit) {
-        const int64_t row = gate * plan.H + unit;
+        const int64_t row = gate * rows + unit;
         if (dropped) {
           fill_weight_mask<Compute>(plan.weight_dropout, plan.key, plan.in.options.weight_mask_row, row, 0, columns,
                                     mask);
         }
         for (int64_t group = 0; group < plan.groups; ++group) {
           const Compute* from = gradient.gate(gate, group) + unit * gradient.row_stride;
-          Storage* to = static_cast<Storage*>(result) + (group * 4 * plan.H + row) * columns;
+          Storage* to = static_cast<Storage*>(result) + (group * gradient.gates * rows + row) * columns;
           for (int64_t column = 0; column < columns; column += width) {
             V value = no_steps ? V{} : load<Compute>(from + column);
             if (dropped) value *= load<Compute>(mask + column);
@@ -214,27 +228,30 @@ class AfterLoop {
     }
   }
 
-  // The gradients of the initial states, and zeros for the inputs' padding.
+  // The gradients of the initial states, and zeros for the padding.
   static void write_states(const Context& context, int64_t rank) {
     const Plan<Storage>& plan = context.plan;
     const BackwardParams& params = context.params;
     const int64_t b = plan.order[rank];
-    for (int64_t unit = 0; unit < plan.H; unit += width) {
-      const int64_t from = rank * plan.hidden_stride + unit, to = b * plan.H + unit;
-      if (params.grad_initial_hidden != nullptr) {
-        store_some(static_cast<Storage*>(params.grad_initial_hidden) + to,
-                   load<Compute>(context.grad_hidden_state + from), context.units_at(unit));
-      }
-      if (params.grad_initial_cell != nullptr) {
-        store_some(static_cast<Compute*>(params.grad_initial_cell) + to, load<Compute>(context.grad_cell_state + from),
-                   context.units_at(unit));
-      }
+    for (int64_t unit = 0; unit < plan.P && params.grad_initial_hidden != nullptr; unit += width) {
+      store_some(static_cast<Storage*>(params.grad_initial_hidden) + b * plan.P + unit,
+                 load<Compute>(context.grad_hidden_state + rank * plan.projected_stride + unit),
+                 static_cast<int>(smaller(width, plan.P - unit)));
     }
-    if (!context.wants_input) return;
+    for (int64_t unit = 0; unit < plan.H && params.grad_initial_cell != nullptr; unit += width) {
+      store_some(static_cast<Compute*>(params.grad_initial_cell) + b * plan.H + unit,
+                 load<Compute>(context.grad_cell_state + rank * plan.hidden_stride + unit), context.units_at(unit));
+    }
     for (int64_t t = plan.length[rank]; t < plan.T; ++t) {
-      __builtin_memset(static_cast<Storage*>(params.grad_input) + (t * plan.B + b) * plan.I, 0,
-                       static_cast<size_t>(plan.I) * sizeof(Storage));
+      clear_row(static_cast<Storage*>(params.grad_input), t * plan.B + b, plan.I);
+      clear_row(static_cast<Storage*>(params.grad_hidden_probe), t * plan.B + b, plan.P);
+      clear_row(static_cast<Compute*>(params.grad_cell_probe), t * plan.B + b, plan.H);
     }
+  }
+
+  template <class Value>
+  static void clear_row(Value* rows, int64_t row, int64_t count) {
+    if (rows != nullptr) __builtin_memset(rows + row * count, 0, static_cast<size_t>(count) * sizeof(Value));
   }
 
   static void write_columns(const Context& context, const Compute* sums, int64_t gates, void* result) {

@@ -5,6 +5,7 @@
 #include "batch_norm_backward.h"
 #include "gradient_context.h"
 #include "layer_norm_backward.h"
+#include "projection_backward.h"
 
 namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE {
 
@@ -52,14 +53,15 @@ class Backward {
     const Plan<Storage>& plan = context.plan;
     Compute* room = context.room_of(share);
     const bool by_rows = plan.division == Division::Rows;
-    const int64_t hidden_panels = (share.last_unit - share.first_unit + panel_width - 1) / panel_width;
+    const int64_t hidden_panels = (share.last_projected - share.first_projected + panel_width - 1) / panel_width;
     int64_t first_panel = 0, last_panel = hidden_panels;
     if (by_rows) split(hidden_panels, 1, share.worker, share.workers, first_panel, last_panel);
     if (context.packed_hh != nullptr) {
-      pack_column_panels(plan, static_cast<const Storage*>(plan.in.weight_hh), plan.H, plan.weight_dropout.drawn,
-                         share.first_unit, share.last_unit, first_panel, last_panel, room,
+      pack_column_panels(plan, static_cast<const Storage*>(plan.in.weight_hh), plan.P, plan.weight_dropout.drawn,
+                         share.first_projected, share.last_projected, first_panel, last_panel, room,
                          context.packed_hidden_panels(share));
     }
+    if (context.packed_hr != nullptr) pack_projection_columns(context, share);
     if (context.packed_ih != nullptr) {
       const int64_t input_panels = (plan.I + panel_width - 1) / panel_width;
       split(input_panels, 1, share.worker, share.workers, first_panel, last_panel);
@@ -71,7 +73,7 @@ class Backward {
       split(plan.padded_hidden, width, share.worker, share.workers, first_unit, last_unit);
       pack_gate_panels(plan, static_cast<const Storage*>(plan.in.weight_ih), plan.I, false, first_unit, last_unit, room,
                        context.packed_gates_ih);
-      pack_gate_panels(plan, static_cast<const Storage*>(plan.in.weight_hh), plan.H, plan.weight_dropout.drawn,
+      pack_gate_panels(plan, static_cast<const Storage*>(plan.in.weight_hh), plan.P, plan.weight_dropout.drawn,
                        first_unit, last_unit, room, context.packed_gates_hh);
     }
     if (share.worker == 0) {
@@ -98,12 +100,14 @@ class Backward {
     const int64_t b = plan.order[rank];
     const Storage* hidden = static_cast<const Storage*>(context.params.grad_final_hidden);
     const Compute* cell = static_cast<const Compute*>(context.params.grad_final_cell);
+    for (int64_t unit = 0; unit < plan.padded_projected; unit += width) {
+      const int count = static_cast<int>(smaller(width, plan.P - unit));
+      store<Compute>(context.grad_hidden_state + rank * plan.projected_stride + unit,
+                     hidden == nullptr ? V{} : load_some(hidden + b * plan.P + unit, count));
+    }
     for (int64_t unit = 0; unit < plan.padded_hidden; unit += width) {
-      const int count = context.units_at(unit);
-      const int64_t at = rank * plan.hidden_stride + unit;
-      store<Compute>(context.grad_hidden_state + at,
-                     hidden == nullptr ? V{} : load_some(hidden + b * plan.H + unit, count));
-      store<Compute>(context.grad_cell_state + at, cell == nullptr ? V{} : load_some(cell + b * plan.H + unit, count));
+      store<Compute>(context.grad_cell_state + rank * plan.hidden_stride + unit,
+                     cell == nullptr ? V{} : load_some(cell + b * plan.H + unit, context.units_at(unit)));
     }
   }
 
@@ -120,8 +124,8 @@ class Backward {
     gate_product<Compute>(context.inputs, plan.input_stride * context.input_copies(),
                           plan.untied_input ? plan.input_stride : 0, plan.I, context.packed_gates_ih, 0,
                           plan.padded_hidden, first, last, plan.padded_hidden, input_gates, plan.gate_stride, false);
-    gate_product<Compute>(context.hidden_rows, plan.hidden_stride * context.hidden_copies(),
-                          plan.untied_hidden ? plan.hidden_stride : 0, plan.H, context.packed_gates_hh, 0,
+    gate_product<Compute>(context.hidden_rows, plan.projected_stride * context.hidden_copies(),
+                          plan.untied_hidden ? plan.projected_stride : 0, plan.P, context.packed_gates_hh, 0,
                           plan.padded_hidden, first, last, plan.padded_hidden, context.rebuilt_gates, plan.gate_stride,
                           !plan.has_norm);
     if (!plan.has_norm) {
@@ -152,6 +156,11 @@ class Backward {
       const int64_t count = plan.rows_running(share, s);
       for (int64_t i = 0; i < count; ++i) {
         rows[i] = row_at(context, share.first_rank + i * share.rank_step, s, first_step);
+      }
+      if (plan.projected) {
+        enter_projection(context, share, rows, count);
+        if (plan.division == Division::Units) context.barrier.wait(share.workers);
+        leave_projection(context, share, rows, count);
       }
       switch (plan.in.options.norm) {
         case NormKind::None: plain_step(context, share, rows, count); break;
@@ -194,9 +203,19 @@ class Backward {
                           : static_cast<const Storage*>(params.grad_output) + row.t * params.grad_output_step_stride +
                                 row.b * params.grad_output_row_stride;
     row.grad_cell = params.grad_cells == nullptr ? nullptr : static_cast<const Compute*>(params.grad_cells) + at;
-    row.grad_hidden_state = context.grad_hidden_state + rank * plan.hidden_stride;
+    row.grad_hidden_state = context.grad_hidden_state + rank * plan.projected_stride;
     row.grad_cell_state = context.grad_cell_state + rank * plan.hidden_stride;
-    row.grad_direct = context.grad_direct == nullptr ? nullptr : context.grad_direct + rank * plan.hidden_stride;
+    row.grad_direct = context.grad_direct == nullptr ? nullptr : context.grad_direct + rank * plan.projected_stride;
+    row.grad_projected =
+        context.grad_projected == nullptr ? nullptr : context.grad_projected + pair * plan.projected_stride;
+    row.grad_unprojected =
+        context.grad_unprojected == nullptr ? nullptr : context.grad_unprojected + rank * plan.hidden_stride;
+    row.unprojected = context.unprojected == nullptr ? nullptr : context.unprojected + pair * plan.hidden_stride;
+    row.grad_hidden_probe = params.grad_hidden_probe == nullptr
+                                ? nullptr
+                                : static_cast<Storage*>(params.grad_hidden_probe) + (row.t * plan.B + row.b) * plan.P;
+    row.grad_cell_probe =
+        params.grad_cell_probe == nullptr ? nullptr : static_cast<Compute*>(params.grad_cell_probe) + at;
     row.grad_gates = context.grad_gates + scratch;
     row.grad_recurrent = context.grad_recurrent + scratch;
     row.grad_input_gates = context.grad_input_gates + scratch;
@@ -211,8 +230,8 @@ class Backward {
         const Gates<V> gates = {context.kept(row, 0, unit), context.kept(row, 1, unit), context.kept(row, 2, unit),
                                 context.kept(row, 3, unit)};
         CellTrace<Compute> trace = context.enter_cell(row, unit, gates);
-        context.leave_output(trace, trace.candidate);
-        context.leave_cell(row, unit, trace, trace.grad_candidate + trace.grad_normalised);
+        context.leave_output(row, unit, trace, trace.candidate);
+        context.leave_cell(row, unit, trace, trace.grad_normalised);
       }
     }
   }
@@ -223,21 +242,21 @@ class Backward {
     const Plan<Storage>& plan = context.plan;
     const ColumnPanels<Compute> panels = context.hidden_column_panels(share);
     const int64_t row_stride = share.rank_step * plan.gate_stride;
-    for (int64_t begin = share.first_unit; begin < share.last_unit; begin += panel_width) {
-      const int64_t panel = (begin - share.first_unit) / panel_width;
-      const int vectors = static_cast<int>(smaller(kTileVectors, (share.last_unit - begin) / width));
+    for (int64_t begin = share.first_projected; begin < share.last_projected; begin += panel_width) {
+      const int64_t panel = (begin - share.first_projected) / panel_width;
+      const int vectors = static_cast<int>(smaller(kTileVectors, (share.last_projected - begin) / width));
       for_each_tile(count, [&](int64_t first, int tile_rows) {
         Compute sum[kTileRows * panel_width];
         const Compute* da = rows[first].grad_recurrent;
         if (plan.untied_hidden) {
           const auto mask_of = [&](int m, int gate) {
-            return context.masks.hidden + (rows[first + m].rank * 4 + gate) * plan.padded_hidden + begin;
+            return context.masks.hidden + (rows[first + m].rank * 4 + gate) * plan.padded_projected + begin;
           };
           masked_column_tile<Compute>(tile_rows, vectors, da, row_stride, panels, panel, plan.padded_hidden, mask_of,
                                       sum);
         } else {
-          column_tile<Compute>(tile_rows, vectors, da, row_stride, panels, panel, first / kTileRows, plan.padded_hidden,
-                               sum);
+          column_tile<Compute>(tile_rows, vectors, da, row_stride, panels, panel, first / kTileRows,
+                               4 * plan.padded_hidden, sum);
         }
         for (int m = 0; m < tile_rows; ++m) {
           const GradientRow<Storage>& row = rows[first + m];
@@ -245,7 +264,7 @@ class Backward {
             const int64_t unit = begin + v * width;
             V grad = load<Compute>(sum + m * panel_width + v * width);
             if (context.masks.hidden != nullptr && !plan.untied_hidden) {
-              grad *= load<Compute>(context.masks.hidden + row.rank * plan.padded_hidden + unit);
+              grad *= load<Compute>(context.masks.hidden + row.rank * plan.padded_projected + unit);
             }
             if (row.grad_direct != nullptr) grad += load<Compute>(row.grad_direct + unit);
             store<Compute>(row.grad_hidden_state + unit, row.reset ? V{} : grad);

@@ -140,7 +140,8 @@ class BatchNormBackward {
       }
       CellTrace<Compute> trace = context_.enter_cell(row, unit, activated<Compute>(z));
       trace.normalised = (trace.candidate - cell.mean) * cell_spread;
-      context_.leave_output(trace, options.norm_cell ? trace.normalised * cell_gain + cell_shift : trace.candidate);
+      context_.leave_output(row, unit, trace,
+                            options.norm_cell ? trace.normalised * cell_gain + cell_shift : trace.candidate);
       cell_sum += trace.grad_normalised;
       cell_products += trace.grad_normalised * trace.normalised;
       traces_[i] = trace;
@@ -166,7 +167,7 @@ class BatchNormBackward {
       const V through_norm = options.norm_cell ? cell_scale * cell_gain *
                                                      (trace.grad_normalised - cell_mean - trace.normalised * cell_slope)
                                                : trace.grad_normalised;
-      const Gates<V> grad = context_.leave_cell(row, unit, trace, trace.grad_candidate + through_norm);
+      const Gates<V> grad = context_.leave_cell(row, unit, trace, through_norm);
       const V grads[4] = {grad.i, grad.f, grad.g, grad.o};
       for (int gate = 0; gate < 4; ++gate) {
         if (input[gate].on) {

@@ -4,6 +4,7 @@
 #include "batch_norm.h"
 #include "context.h"
 #include "layer_norm.h"
+#include "projection.h"
 
 namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE {
 
@@ -44,7 +45,7 @@ class Forward {
     const Plan<Storage>& plan = context.plan;
     const LayerOutputs& out = context.params.out;
     const size_t states = static_cast<size_t>(plan.T * plan.B * plan.H);
-    advise(out.output, states * sizeof(Storage));
+    advise(out.output, static_cast<size_t>(plan.T * plan.B * plan.P) * sizeof(Storage));
     advise(out.cells, states * sizeof(Compute));
     advise(out.gates, 4 * states * static_cast<size_t>(kept_bytes<Storage>(plan.has_norm)));
     advise(out.input_gates, 4 * states * static_cast<size_t>(kept_bytes<Storage>(true)));
@@ -66,9 +67,10 @@ class Forward {
                        context.packed_ih);
     }
     if (context.packed_hh != nullptr) {
-      pack_gate_panels(plan, context.weight_hh(), plan.H, plan.weight_dropout.drawn, first_unit, last_unit, room,
+      pack_gate_panels(plan, context.weight_hh(), plan.P, plan.weight_dropout.drawn, first_unit, last_unit, room,
                        context.packed_hh);
     }
+    if (context.packed_hr != nullptr) pack_projection(context, share);
     if (share.worker == 0) {
       gather_bias(plan, context.bias);
       context.norm.fill(plan, context.bias, room);
@@ -91,21 +93,27 @@ class Forward {
     row.rank = rank;
     row.next = context.exchanged[0] + rank * context.exchange_stride();
     const bool reset = plan.length[rank] > 0 && plan.reset_at(rank, 0);
-    for (int64_t unit = 0; unit < plan.padded_hidden; unit += width) {
-      const int count = static_cast<int>(smaller(width, plan.H - unit));
-      V h{}, c{};
-      if (hidden != nullptr && !reset) h = load_some(hidden + b * plan.H + unit, count);
-      if (cell != nullptr && !reset) c = load_some(cell + b * plan.H + unit, count);
-      store<Compute>(context.hidden + rank * plan.hidden_stride + unit, h);
-      store<Compute>(context.cell + rank * plan.hidden_stride + unit, c);
+    for (int64_t unit = 0; unit < plan.padded_projected; unit += width) {
+      V h{};
+      if (hidden != nullptr && !reset) {
+        h = load_some(hidden + b * plan.P + unit, static_cast<int>(smaller(width, plan.P - unit)));
+      }
+      store<Compute>(context.hidden + rank * plan.projected_stride + unit, h);
       context.publish(row, unit, h);
+    }
+    for (int64_t unit = 0; unit < plan.padded_hidden; unit += width) {
+      V c{};
+      if (cell != nullptr && !reset) {
+        c = load_some(cell + b * plan.H + unit, static_cast<int>(smaller(width, plan.H - unit)));
+      }
+      store<Compute>(context.cell + rank * plan.hidden_stride + unit, c);
     }
   }
 
   static void clear_padding(const ForwardContext<Storage>& context, int64_t rank) {
     const Plan<Storage>& plan = context.plan;
     const LayerOutputs& out = context.params.out;
-    const size_t hidden_bytes = static_cast<size_t>(plan.H) * sizeof(Storage);
+    const size_t hidden_bytes = static_cast<size_t>(plan.P) * sizeof(Storage);
     const size_t kept_row = 4 * static_cast<size_t>(plan.H * kept_bytes<Storage>(plan.has_norm));
     for (int64_t t = plan.length[rank]; t < plan.T; ++t) {
       const int64_t at = t * plan.B + plan.order[rank];
@@ -180,6 +188,10 @@ class Forward {
         case NormKind::Batch: batch_norm.step(s, rows, count); break;
         case NormKind::Layer: layer_norm_step(context, share, s, rows, count); break;
       }
+      if (plan.projected) {
+        if (!by_rows) context.barrier.wait(share.workers);
+        project(context, share, rows, count);
+      }
       if (!by_rows) context.barrier.wait(share.workers);
     }
     if (by_rows) context.barrier.wait(share.workers);
@@ -194,12 +206,13 @@ class Forward {
     row.t = plan.position(rank, s);
     row.input_gates = context.input_gates + (plan.first[s] - plan.first[first_step] + rank) * plan.gate_stride;
     row.cell = context.cell + rank * plan.hidden_stride;
-    row.hidden = context.hidden + rank * plan.hidden_stride;
+    row.hidden = context.hidden + rank * plan.projected_stride;
+    row.unprojected = plan.projected ? context.unprojected + rank * plan.hidden_stride : nullptr;
     row.next = context.exchanged[(s + 1) & 1] + rank * context.exchange_stride();
     row.reset_next = s + 1 < plan.length[rank] && plan.reset_at(rank, s + 1);
-    const int64_t at = (row.t * plan.B + row.b) * plan.H;
-    row.output = out.output == nullptr ? nullptr : static_cast<Storage*>(out.output) + at;
-    row.saved_hidden = out.hidden == nullptr ? nullptr : static_cast<Storage*>(out.hidden) + at;
+    const int64_t at = (row.t * plan.B + row.b) * plan.H, hidden_at = (row.t * plan.B + row.b) * plan.P;
+    row.output = out.output == nullptr ? nullptr : static_cast<Storage*>(out.output) + hidden_at;
+    row.saved_hidden = out.hidden == nullptr ? nullptr : static_cast<Storage*>(out.hidden) + hidden_at;
     const int64_t kept = 4 * at * kept_bytes<Storage>(plan.has_norm);
     row.saved_gates = out.gates == nullptr ? nullptr : static_cast<char*>(out.gates) + kept;
     row.saved_input_gates = out.input_gates == nullptr ? nullptr : static_cast<char*>(out.input_gates) + kept;
@@ -252,13 +265,15 @@ class Forward {
     context.barrier.wait(share.workers);
     for (int64_t rank = share.worker; rank < plan.B; rank += share.workers) {
       const int64_t b = plan.order[rank];
+      for (int64_t unit = 0; unit < plan.P; unit += width) {
+        store_some(static_cast<Storage*>(context.params.out.final_hidden) + b * plan.P + unit,
+                   load<Compute>(context.hidden + rank * plan.projected_stride + unit),
+                   static_cast<int>(smaller(width, plan.P - unit)));
+      }
       for (int64_t unit = 0; unit < plan.H; unit += width) {
-        const int count = static_cast<int>(smaller(width, plan.H - unit));
-        const int64_t at = rank * plan.hidden_stride + unit;
-        store_some(static_cast<Storage*>(context.params.out.final_hidden) + b * plan.H + unit,
-                   load<Compute>(context.hidden + at), count);
         store_some(static_cast<Compute*>(context.params.out.final_cell) + b * plan.H + unit,
-                   load<Compute>(context.cell + at), count);
+                   load<Compute>(context.cell + rank * plan.hidden_stride + unit),
+                   static_cast<int>(smaller(width, plan.H - unit)));
       }
     }
   }

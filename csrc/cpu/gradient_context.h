@@ -22,6 +22,13 @@ struct GradientRow {
   Compute* grad_hidden_state;    // of h_s, from the steps after
   Compute* grad_cell_state;      // of c_s
   Compute* grad_direct;          // zoneout's share of h_{s-1}'s
+  // With a projection: of h_candidate, of u = o tanh(c), and u itself where W_hr's gradient is wanted.
+  Compute* grad_projected;
+  Compute* grad_unprojected;
+  Compute* unprojected;
+  // Rows of the results, or null.
+  Storage* grad_hidden_probe;
+  Compute* grad_cell_probe;
   // [gate][unit] of z; of a and of r, which are z's own where that norm is off.
   Compute* grad_gates;
   Compute* grad_recurrent;
@@ -43,15 +50,17 @@ struct CellTrace {
 };
 
 // A weight's gradient while it is accumulated over the chunks: [group][gate][unit][column], in scratch or, where the
-// result has the compute type and whole vectors a row, in the result itself.
+// result has the compute type and whole vectors a row, in the result itself. W_hr has one part where others have four
+// gates, of P rows.
 template <class Compute>
 struct AccumulatedWeight {
   Compute* values = nullptr;
   int64_t row_stride = 0;
   int64_t gate_stride = 0;
+  int gates = 4;
   bool in_place = false;
 
-  Compute* gate(int gate, int64_t group) const { return values + (group * 4 + gate) * gate_stride; }
+  Compute* gate(int gate, int64_t group) const { return values + (group * gates + gate) * gate_stride; }
 };
 
 template <class Storage>
@@ -67,10 +76,11 @@ struct BackwardContext {
   NormTables<Storage> norm;
   Barrier barrier;
   bool rebuilds;  // the gates were not kept
-  bool wants_weight_ih, wants_weight_hh, wants_input, wants_bias;
+  bool wants_weight_ih, wants_weight_hh, wants_weight_hr, wants_input, wants_bias;
 
   Compute* packed_ih = nullptr;  // column panels; null: the weight is read where it stands
   Compute* packed_hh = nullptr;
+  Compute* packed_hr = nullptr;
   Compute* packed_gates_ih = nullptr;  // gate panels, to rebuild with
   Compute* packed_gates_hh = nullptr;
   Compute* bias = nullptr;
@@ -87,7 +97,11 @@ struct BackwardContext {
   Compute* grad_hidden_state = nullptr;
   Compute* grad_cell_state = nullptr;
   Compute* grad_direct = nullptr;
-  AccumulatedWeight<Compute> gradient_ih, gradient_hh;
+  Compute* grad_projected = nullptr;      // the chunk's dh_candidate: [pair][padded_projected]
+  Compute* grad_unprojected = nullptr;    // one step's du: [rank][padded_hidden]
+  Compute* unprojected = nullptr;         // the chunk's u: [pair][padded_hidden]
+  Compute* unprojected_panels = nullptr;  // the same as the right side of W_hr's gradient
+  AccumulatedWeight<Compute> gradient_ih, gradient_hh, gradient_hr;
   Compute* gradient_bias = nullptr;  // [group][gate][padded unit], and so the norms'
   Compute* gradient_input_gain = nullptr;
   Compute* gradient_recurrent_gain = nullptr;
@@ -101,10 +115,11 @@ struct BackwardContext {
     rebuilds = plan.in.options.save == Save::Recompute;
     wants_weight_ih = given.grad_weight_ih != nullptr;
     wants_weight_hh = given.grad_weight_hh != nullptr;
+    wants_weight_hr = given.grad_weight_hr != nullptr;
     wants_input = given.grad_input != nullptr;
     wants_bias = given.grad_bias != nullptr || given.grad_norm_input_bias != nullptr ||
                  given.grad_norm_recurrent_bias != nullptr;
-    const int64_t pack_room = (width + 2) * rounded_up(larger(plan.I, plan.H), panel_width);
+    const int64_t pack_room = (width + 2) * rounded_up(larger(larger(plan.I, plan.H), plan.P), panel_width);
     const int64_t turned = room_for_turned_tiles<Compute>(plan.steps_per_chunk * plan.rows_of_group());
     const int64_t trace = static_cast<int64_t>(sizeof(CellTrace<Compute>) / sizeof(Compute));
     const int64_t norm_room = plan.in.options.norm == NormKind::Batch   ? plan.B * trace
@@ -122,35 +137,36 @@ struct BackwardContext {
     masks.take(plan, arena);
     norm.take(plan, arena);
     const int64_t gates = 4 * plan.padded_hidden, chunk = plan.largest_chunk;
-    if (!reads_in_place(plan.H) || plan.weight_dropout.drawn) {
-      packed_hh = arena.take<Compute>((plan.padded_hidden + plan.asked * panel_width) * gates);
+    if (!reads_in_place(plan.P) || plan.weight_dropout.drawn) {
+      packed_hh = arena.take<Compute>((plan.padded_projected + plan.asked * panel_width) * gates);
     }
+    if (plan.projected) take_projection(arena);
     if (wants_input && !reads_in_place(plan.I))
       packed_ih = arena.take<Compute>(rounded_up(plan.I, panel_width) * gates);
     bias = arena.take<Compute>(gates);
     if (rebuilds) {
       packed_gates_ih = arena.take<Compute>(gates * plan.I);
-      packed_gates_hh = arena.take<Compute>(gates * plan.H);
+      packed_gates_hh = arena.take<Compute>(gates * plan.P);
       rebuilt_gates = arena.take<Compute>(chunk * plan.gate_stride);
       if (plan.has_norm) rebuilt_input_gates = arena.take<Compute>(chunk * plan.gate_stride);
     }
     if (rebuilds || wants_weight_ih) inputs = arena.take<Compute>(chunk * plan.input_stride * input_copies());
-    if (rebuilds || wants_weight_hh) hidden_rows = arena.take<Compute>(chunk * plan.hidden_stride * hidden_copies());
+    if (rebuilds || wants_weight_hh) hidden_rows = arena.take<Compute>(chunk * plan.projected_stride * hidden_copies());
     if (wants_weight_ih) {
       input_panels = arena.take<Compute>(chunk * rounded_up(plan.I, panel_width) * input_copies());
-      take_gradient(arena, params.grad_weight_ih, plan.I, plan.input_stride, false, gradient_ih);
+      take_gradient(arena, params.grad_weight_ih, plan.H, plan.I, false, gradient_ih);
     }
     if (wants_weight_hh) {
-      hidden_panels = arena.take<Compute>(chunk * rounded_up(plan.H, panel_width) * hidden_copies());
-      take_gradient(arena, params.grad_weight_hh, plan.H, plan.hidden_stride, plan.weight_dropout.drawn, gradient_hh);
+      hidden_panels = arena.take<Compute>(chunk * rounded_up(plan.P, panel_width) * hidden_copies());
+      take_gradient(arena, params.grad_weight_hh, plan.H, plan.P, plan.weight_dropout.drawn, gradient_hh);
     }
     grad_gates = arena.take<Compute>(chunk * plan.gate_stride);
     grad_recurrent = plan.in.options.norm_recurrent ? arena.take<Compute>(chunk * plan.gate_stride) : grad_gates;
     grad_input_gates = plan.in.options.norm_input ? arena.take<Compute>(chunk * plan.gate_stride) : grad_gates;
     if (plan.in.options.norm == NormKind::Layer) cell_terms = arena.take<Compute>(chunk * 2 * plan.padded_hidden);
-    grad_hidden_state = arena.take<Compute>(plan.B * plan.hidden_stride);
+    grad_hidden_state = arena.take<Compute>(plan.B * plan.projected_stride);
     grad_cell_state = arena.take<Compute>(plan.B * plan.hidden_stride);
-    if (plan.zones_hidden()) grad_direct = arena.take<Compute>(plan.B * plan.hidden_stride);
+    if (plan.zones_hidden()) grad_direct = arena.take<Compute>(plan.B * plan.projected_stride);
     gradient_bias = arena.take<Compute>(plan.groups * gates);
     if (plan.has_norm) {
       gradient_input_gain = arena.take<Compute>(plan.groups * gates);
@@ -162,34 +178,60 @@ struct BackwardContext {
     worker_rows = arena.take<GradientRow<Storage>>(plan.B * plan.asked);
   }
 
+  void take_projection(Arena& arena) {
+    const int64_t chunk = plan.largest_chunk;
+    if (!reads_in_place(plan.H)) {
+      packed_hr = arena.take<Compute>((plan.padded_hidden + plan.asked * panel_width) * plan.P);
+    }
+    grad_projected = arena.take<Compute>(chunk * plan.projected_stride);
+    grad_unprojected = arena.take<Compute>(plan.B * plan.hidden_stride);
+    if (!wants_weight_hr) return;
+    unprojected = arena.take<Compute>(chunk * plan.hidden_stride);
+    unprojected_panels = arena.take<Compute>(chunk * rounded_up(plan.H, panel_width));
+    gradient_hr.gates = 1;
+    take_gradient(arena, params.grad_weight_hr, plan.P, plan.H, false, gradient_hr);
+  }
+
   bool whole_vectors(int64_t columns) const { return sizeof(Storage) == sizeof(Compute) && columns % width == 0; }
   // Whether a weight (4H, columns) can serve as the right side of dz W without being packed, and it pays.
   bool reads_in_place(int64_t columns) const {
     return plan.few_pairs && whole_vectors(columns) && whole_vectors(plan.H);
   }
 
-  void take_gradient(Arena& arena, void* result, int64_t columns, int64_t padded_stride, bool masked,
+  // `rows`: of each gate.
+  void take_gradient(Arena& arena, void* result, int64_t rows, int64_t columns, bool masked,
                      AccumulatedWeight<Compute>& gradient) const {
     gradient.in_place = whole_vectors(columns) && !masked;
-    gradient.row_stride = gradient.in_place ? columns : padded_stride;
-    gradient.gate_stride = gradient.row_stride * (gradient.in_place ? plan.H : plan.padded_hidden);
-    gradient.values =
-        gradient.in_place ? static_cast<Compute*>(result) : arena.take<Compute>(plan.groups * 4 * gradient.gate_stride);
+    gradient.row_stride = gradient.in_place ? columns : rounded_up(columns, width) + width;
+    gradient.gate_stride = gradient.row_stride * (gradient.in_place ? rows : rounded_up(rows, width));
+    gradient.values = gradient.in_place ? static_cast<Compute*>(result)
+                                        : arena.take<Compute>(plan.groups * gradient.gates * gradient.gate_stride);
   }
 
   // The panels of W_hh that a worker multiplies with: one set for all, or a set of its own units.
   Compute* packed_hidden_panels(const Share& share) const {
     if (plan.division == Division::Rows) return packed_hh;
-    return packed_hh + (share.first_unit + share.worker * panel_width) * 4 * plan.padded_hidden;
+    return packed_hh + (share.first_projected + share.worker * panel_width) * 4 * plan.padded_hidden;
   }
   ColumnPanels<Compute> hidden_column_panels(const Share& share) const {
-    return column_panels(packed_hh == nullptr ? nullptr : packed_hidden_panels(share), plan.in.weight_hh, plan.H,
-                         share.first_unit);
+    return column_panels(packed_hh == nullptr ? nullptr : packed_hidden_panels(share), 4 * plan.padded_hidden,
+                         plan.in.weight_hh, plan.P, share.first_projected);
   }
-  ColumnPanels<Compute> input_column_panels() const { return column_panels(packed_ih, plan.in.weight_ih, plan.I, 0); }
-  ColumnPanels<Compute> column_panels(const Compute* packed, const void* weight, int64_t columns,
+  ColumnPanels<Compute> input_column_panels() const {
+    return column_panels(packed_ih, 4 * plan.padded_hidden, plan.in.weight_ih, plan.I, 0);
+  }
+  // The same of W_hr, whose columns are units of u.
+  Compute* packed_projection_panels(const Share& share) const {
+    if (plan.division == Division::Rows) return packed_hr;
+    return packed_hr + (share.first_unit + share.worker * panel_width) * plan.P;
+  }
+  ColumnPanels<Compute> projection_column_panels(const Share& share) const {
+    return column_panels(packed_hr == nullptr ? nullptr : packed_projection_panels(share), plan.P, plan.in.weight_hr,
+                         plan.H, share.first_unit);
+  }
+  ColumnPanels<Compute> column_panels(const Compute* packed, int64_t depth, const void* weight, int64_t columns,
                                       int64_t first_column) const {
-    if (packed != nullptr) return {packed, 4 * plan.padded_hidden * panel_width, panel_width};
+    if (packed != nullptr) return {packed, depth * panel_width, panel_width};
     return {static_cast<const Compute*>(weight) + first_column, panel_width, columns};
   }
 
@@ -220,11 +262,28 @@ struct BackwardContext {
       __builtin_prefetch(row.grad_gates + gate * plan.padded_hidden + unit, 1);
     }
     if (row.previous_cell != nullptr) __builtin_prefetch(row.previous_cell + unit);
-    if (row.grad_output != nullptr) __builtin_prefetch(row.grad_output + unit);
+    if (row.grad_output != nullptr && !plan.projected) __builtin_prefetch(row.grad_output + unit);
+  }
+
+  // From what reaches h_s and y, through zoneout, to the gradient of h_candidate.
+  FUSEDREG_METHOD V enter_hidden(const GradientRow<Storage>& row, int64_t unit, const StepMasks<Compute>& step) const {
+    const int count = static_cast<int>(smaller(width, plan.P - unit));
+    V grad_hidden = load<Compute>(row.grad_hidden_state + unit);
+    V grad_candidate{};
+    if (row.grad_output != nullptr) {
+      const V grad = load_some(row.grad_output + unit, count) * step.output;
+      (plan.in.options.zoneout_candidate ? grad_candidate : grad_hidden) += grad;
+    }
+    if (row.grad_hidden_probe != nullptr) store_some(row.grad_hidden_probe + unit, grad_hidden, count);
+    if (plan.zones_hidden()) {
+      store<Compute>(row.grad_direct + unit, step.zone_hidden * grad_hidden);
+      grad_hidden *= 1 - step.zone_hidden;
+    }
+    return grad_candidate + grad_hidden;
   }
 
   // From the gates and what reaches h_s, c_s and y, through zoneout, to the edge of N_c: the first half on the way
-  // back. `mean`, `scale`, `gain` and `shift` are N_c's; without it 0, 1, 1 and 0.
+  // back.
   FUSEDREG_METHOD CellTrace<Compute> enter_cell(const GradientRow<Storage>& row, int64_t unit,
                                                 const Gates<V>& gates) const {
     const int count = units_at(unit);
@@ -235,19 +294,11 @@ struct BackwardContext {
     trace.update = step.update;
     trace.cell_mask = step.cell;
     trace.candidate = candidate_cell(gates, trace.previous_cell, step.update, step.cell);
-    V grad_hidden = load<Compute>(row.grad_hidden_state + unit);
     V grad_cell = load<Compute>(row.grad_cell_state + unit);
     if (row.grad_cell != nullptr) grad_cell += load_some(row.grad_cell + unit, count);
-    V grad_candidate{};  // of h_candidate
-    if (row.grad_output != nullptr) {
-      const V grad = load_some(row.grad_output + unit, count) * step.output;
-      (plan.in.options.zoneout_candidate ? grad_candidate : grad_hidden) += grad;
-    }
-    if (plan.zones_hidden()) {
-      store<Compute>(row.grad_direct + unit, step.zone_hidden * grad_hidden);
-      grad_hidden *= 1 - step.zone_hidden;
-    }
-    trace.grad_normalised = grad_candidate + grad_hidden;  // of h_candidate still; leave_output makes it tanh's
+    if (row.grad_cell_probe != nullptr) store_some(row.grad_cell_probe + unit, grad_cell, count);
+    // Of o tanh(argument) still; leave_output makes it tanh's.
+    trace.grad_normalised = plan.projected ? load<Compute>(row.grad_unprojected + unit) : enter_hidden(row, unit, step);
     trace.grad_previous_cell = V{};
     if (plan.zones_cell()) {
       trace.grad_previous_cell = step.zone_cell * grad_cell;
@@ -257,19 +308,27 @@ struct BackwardContext {
     return trace;
   }
 
-  // Through h_candidate = o tanh(argument).
-  FUSEDREG_METHOD void leave_output(CellTrace<Compute>& trace, V argument) const {
-    const V grad_hidden_candidate = trace.grad_normalised;
+  // Through o tanh(argument), which is h_candidate, or what is projected to it.
+  FUSEDREG_METHOD void leave_output(const GradientRow<Storage>& row, int64_t unit, CellTrace<Compute>& trace,
+                                    V argument) const {
+    const V grad = trace.grad_normalised;
     const V squashed = tanh(argument);
-    trace.grad_output_gate = grad_hidden_candidate * squashed;
-    trace.grad_normalised = grad_hidden_candidate * trace.gates.o * (1 - squashed * squashed);
+    if (row.unprojected != nullptr) store<Compute>(row.unprojected + unit, trace.gates.o * squashed);
+    trace.grad_output_gate = grad * squashed;
+    trace.grad_normalised = grad * trace.gates.o * (1 - squashed * squashed);
   }
 
-  // The second half: from the candidate cell to the pre-activations and c_{s-1}. Returns dz.
+  // The second half: from the candidate cell to the pre-activations and c_{s-1}. `through_norm` is what came through
+  // tanh and N_c. Returns dz.
   FUSEDREG_METHOD Gates<V> leave_cell(const GradientRow<Storage>& row, int64_t unit, const CellTrace<Compute>& trace,
-                                      V grad_candidate) const {
-    const CellGradients<V> gradients = candidate_cell_backward(trace.gates, trace.previous_cell, trace.update,
-                                                               trace.cell_mask, grad_candidate, trace.grad_output_gate);
+                                      V through_norm) const {
+    const CellGradients<V> gradients =
+        candidate_cell_backward(trace.gates, trace.previous_cell, trace.update, trace.cell_mask,
+                                trace.grad_candidate + through_norm, trace.grad_output_gate);
+    if (row.grad_cell_probe != nullptr) {
+      const int count = units_at(unit);
+      store_some(row.grad_cell_probe + unit, load_some(row.grad_cell_probe + unit, count) + through_norm, count);
+    }
     const V previous = gradients.previous_cell + trace.grad_previous_cell;
     store<Compute>(row.grad_cell_state + unit, row.reset ? V{} : previous);
     const int64_t padded = plan.padded_hidden;

@@ -79,9 +79,9 @@ static void layer_norm_step_backward(const BackwardContext<Storage>& context, co
       CellTrace<Compute> trace = context.enter_cell(row, unit, activated<Compute>(z));
       trace.normalised = (trace.candidate - cell.mean) * cell_spread;
       const V gain = load<Compute>(context.norm.cell_gain + unit);
-      context.leave_output(trace, options.norm_cell
-                                      ? trace.normalised * gain + load<Compute>(context.norm.cell_shift + unit)
-                                      : trace.candidate);
+      context.leave_output(row, unit, trace,
+                           options.norm_cell ? trace.normalised * gain + load<Compute>(context.norm.cell_shift + unit)
+                                             : trace.candidate);
       if (options.norm_cell) {
         const V products = trace.grad_normalised * trace.normalised;
         store<Compute>(row.cell_terms + unit, trace.grad_normalised);
@@ -105,7 +105,7 @@ static void layer_norm_step_backward(const BackwardContext<Storage>& context, co
       if (options.norm_cell) {
         through_norm = cell_scale * (trace.grad_normalised - mean - trace.normalised * slope);
       }
-      context.leave_cell(row, unit, trace, trace.grad_candidate + through_norm);
+      context.leave_cell(row, unit, trace, through_norm);
     }
 
     // Through N_a and N_r.

@@ -17,6 +17,24 @@ FUSEDREG_INLINE void transpose(Vector<Compute> (&rows)[kWidth<Compute>]) {
   if constexpr (Distance > 1) transpose<Compute, Distance / 2>(rows);
 }
 
+// Rows of a matrix, `columns` long, as a vector for each column: lane n of the one at out + k * stride is rows[n][k].
+template <class Compute>
+static void turn_rows(const Compute* const (&rows)[kWidth<Compute>], int64_t columns, Compute* out, int64_t stride) {
+  constexpr int width = kWidth<Compute>;
+  int64_t k = 0;
+  for (; k + width <= columns; k += width) {
+    Vector<Compute> block[width];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < width; ++lane) block[lane] = load<Compute>(rows[lane] + k);
+    transpose<Compute, width / 2>(block);
+#pragma GCC unroll 16
+    for (int n = 0; n < width; ++n) store<Compute>(out + (k + n) * stride, block[n]);
+  }
+  for (; k < columns; ++k) {
+    for (int lane = 0; lane < width; ++lane) out[k * stride + lane] = rows[lane][k];
+  }
+}
+
 // A weight (4H, columns) as the right side of x W^T or h W^T. Panel n holds units n * width ... of all four gates:
 // [column][gate][unit]. A unit's gates come out of the micro-kernel side by side.
 template <class Storage>
@@ -55,19 +73,7 @@ static void pack_gate_panels(const Plan<Storage>& plan, const Storage* weight, i
           }
         }
       }
-      Compute* out = panel + gate * width;
-      int64_t k = 0;
-      for (; k + width <= columns; k += width) {
-        Vector<Compute> block[width];
-#pragma GCC unroll 16
-        for (int lane = 0; lane < width; ++lane) block[lane] = load<Compute>(lane_rows[lane] + k);
-        transpose<Compute, width / 2>(block);
-#pragma GCC unroll 16
-        for (int n = 0; n < width; ++n) store<Compute>(out + (k + n) * 4 * width, block[n]);
-      }
-      for (; k < columns; ++k) {
-        for (int lane = 0; lane < width; ++lane) out[k * 4 * width + lane] = lane_rows[lane][k];
-      }
+      turn_rows<Compute>(lane_rows, columns, panel + gate * width, 4 * width);
     }
   }
 }
@@ -134,9 +140,9 @@ FUSEDREG_INLINE const Storage* previous_hidden_row(const Plan<Storage>& plan, co
                                                    int64_t s) {
   if (plan.reset_at(rank, s)) return nullptr;
   const int64_t b = plan.order[rank];
-  if (s > 0) return hidden + (plan.position(rank, s - 1) * plan.B + b) * plan.H;
+  if (s > 0) return hidden + (plan.position(rank, s - 1) * plan.B + b) * plan.P;
   const Storage* initial = static_cast<const Storage*>(plan.in.initial_hidden);
-  return initial == nullptr ? nullptr : initial + b * plan.H;
+  return initial == nullptr ? nullptr : initial + b * plan.P;
 }
 
 // Calls body(pair, rank, s) for the pairs first ... last - 1 of the chunk of steps that begins at `first_step`.

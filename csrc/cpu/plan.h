@@ -38,8 +38,9 @@ class Arena {
 
 struct Share {
   int worker, workers;
-  int64_t first_rank, rank_step;  // of the rows it runs
-  int64_t first_unit, last_unit;  // of the units it runs: whole vectors
+  int64_t first_rank, rank_step;            // of the rows it runs
+  int64_t first_unit, last_unit;            // of the units it runs: whole vectors
+  int64_t first_projected, last_projected;  // of the units of h, which are the same without a projection
 };
 
 FUSEDREG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -60,10 +61,13 @@ struct Plan {
   static constexpr int width = kWidth<Compute>;
 
   const LayerInputs& in;
-  int64_t T, B, I, H;
+  int64_t T, B, I, H, P;
+  bool projected;         // h is a projection of o tanh(c): P units, and W_hr
   int64_t padded_hidden;  // H in whole vectors: the distance between gates in scratch rows
+  int64_t padded_projected;
   int64_t padded_input;
   int64_t hidden_stride;  // between scratch rows of H: padded so that rows do not share a cache set
+  int64_t projected_stride;
   int64_t input_stride;
   int64_t gate_stride;  // between scratch rows of 4H
   int64_t steps_per_chunk;
@@ -96,10 +100,13 @@ struct Plan {
 
   Plan(const LayerInputs& inputs, int threads) : in(inputs) {
     const Options& options = in.options;
-    T = in.steps, B = in.rows, I = in.input_size, H = in.hidden_size;
+    T = in.steps, B = in.rows, I = in.input_size, H = in.hidden_size, P = in.projected_size;
+    projected = in.weight_hr != nullptr;
     padded_hidden = rounded_up(H, width);
+    padded_projected = rounded_up(P, width);
     padded_input = rounded_up(I, width);
     hidden_stride = padded_hidden + width;
+    projected_stride = padded_projected + width;
     input_stride = padded_input + width;
     gate_stride = 4 * padded_hidden + width;
 
@@ -201,12 +208,13 @@ struct Plan {
   int64_t group_of(int64_t b) const { return b / rows_of_group(); }
 
   Share share(int worker, int workers) const {
-    Share share{worker, workers, 0, 1, 0, padded_hidden};
+    Share share{worker, workers, 0, 1, 0, padded_hidden, 0, padded_projected};
     if (division == Division::Rows) {
       share.first_rank = worker;  // every so-manyth, so that long and short rows are shared alike
       share.rank_step = workers;
     } else {
       split(padded_hidden, width, worker, workers, share.first_unit, share.last_unit);
+      split(padded_projected, width, worker, workers, share.first_projected, share.last_projected);
     }
     return share;
   }
@@ -247,8 +255,8 @@ struct Plan {
 
   void choose_division(int threads) {
     // Below this much work a second worker costs more than it brings.
-    const double work =
-        8.0 * static_cast<double>(larger(T, 1) * B) * static_cast<double>(H) * static_cast<double>(I + H);
+    const double products = static_cast<double>(4 * (I + P) + (projected ? P : 0));
+    const double work = 2.0 * static_cast<double>(larger(T, 1) * B) * static_cast<double>(H) * products;
     const double per_worker = 2e5;
     int64_t workers = work / per_worker < threads ? larger(1, static_cast<int64_t>(work / per_worker)) : threads;
     const int64_t units = padded_hidden / width;

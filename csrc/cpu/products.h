@@ -59,13 +59,13 @@ template <class Storage>
 static void gather_hidden(const Plan<Storage>& plan, const Storage* hidden, const ComputeOf<Storage>* masks,
                           int64_t first_step, int64_t first, int64_t last, ComputeOf<Storage>* to) {
   const int copies = plan.untied_hidden ? 4 : 1;
-  const int64_t stride = copies * plan.hidden_stride;
+  const int64_t stride = copies * plan.projected_stride;
   for_each_pair(plan, first_step, first, last, [&](int64_t pair, int64_t rank, int64_t s) {
     const Storage* from = previous_hidden_row(plan, hidden, rank, s);
     for (int copy = 0; copy < copies; ++copy) {
       const ComputeOf<Storage>* mask =
-          plan.hidden_dropout.drawn ? masks + (rank * copies + copy) * plan.padded_hidden : nullptr;
-      copy_row(from, mask, plan.H, plan.padded_hidden, to + pair * stride + copy * plan.hidden_stride);
+          plan.hidden_dropout.drawn ? masks + (rank * copies + copy) * plan.padded_projected : nullptr;
+      copy_row(from, mask, plan.P, plan.padded_projected, to + pair * stride + copy * plan.projected_stride);
     }
   });
 }
@@ -136,16 +136,16 @@ struct ColumnPanels {
   int64_t depth_stride;  // between the rows of the weight
 };
 
-// One tile of dz W: rows x up to four vectors of columns, over all gates.
+// One tile of dz W: rows x up to four vectors of columns, over the `depth` rows of W.
 template <class Compute>
 FUSEDREG_INLINE void column_tile(int rows, int vectors, const Compute* dz, int64_t dz_row,
-                                 const ColumnPanels<Compute>& panels, int64_t panel, int64_t tile,
-                                 int64_t padded_hidden, Compute* out) {
+                                 const ColumnPanels<Compute>& panels, int64_t panel, int64_t tile, int64_t depth,
+                                 Compute* out) {
   constexpr int width = kWidth<Compute>;
   const Compute* right = panels.first + panel * panels.panel_stride;
   multiply_tile<Compute>(rows, vectors,
-                         {dz, dz_row, 1, 0, right, panels.depth_stride, 4 * padded_hidden, out, width * kTileVectors,
-                          width, false, part_of_next_panel(right + panels.panel_stride, tile, 4 * padded_hidden)});
+                         {dz, dz_row, 1, 0, right, panels.depth_stride, depth, out, width * kTileVectors, width, false,
+                          part_of_next_panel(right + panels.panel_stride, tile, depth)});
 }
 
 // The same where each gate saw its left side through a mask of its own: gate by gate, each share times its mask.
@@ -182,15 +182,15 @@ FUSEDREG_INLINE void recurrent_tile(const Context& context, const Share& share, 
   const auto& plan = context.plan;
   const int64_t stride = context.exchange_stride();
   const Compute* left = context.exchanged[s & 1] + (share.first_rank + first * share.rank_step) * stride;
-  const int64_t copy_stride = plan.untied_hidden ? plan.hidden_stride : 0;
+  const int64_t copy_stride = plan.untied_hidden ? plan.projected_stride : 0;
   if (context.packed_hh == nullptr) {
-    return dot_tile(plan, rows, left, share.rank_step * stride, copy_stride, context.weight_hh(), plan.H, unit, out,
+    return dot_tile(plan, rows, left, share.rank_step * stride, copy_stride, context.weight_hh(), plan.P, unit, out,
                     out_row, out_vector);
   }
   multiply_tile<Compute>(rows, kTileVectors,
-                         {left, share.rank_step * stride, 1, copy_stride, context.packed_hh + unit * 4 * plan.H,
-                          4 * kWidth<Compute>, plan.H, out, out_row, out_vector, false,
-                          part_of_next_panel(context.packed_hh + next_unit * 4 * plan.H, first / kTileRows, plan.H)});
+                         {left, share.rank_step * stride, 1, copy_stride, context.packed_hh + unit * 4 * plan.P,
+                          4 * kWidth<Compute>, plan.P, out, out_row, out_vector, false,
+                          part_of_next_panel(context.packed_hh + next_unit * 4 * plan.P, first / kTileRows, plan.P)});
 }
 
 }  // namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE

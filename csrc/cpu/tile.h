@@ -5,6 +5,10 @@
 
 namespace fusedreg::cpu::FUSEDREG_ISA_NAMESPACE {
 
+// The columns of a tile.
+template <class Compute>
+constexpr int64_t kPanelWidth = kWidth<Compute> * kTileVectors;
+
 // Where a tile's operands lie. For row m, depth k and vector v:
 //   left  = a[m * a_row + k * a_depth + v * a_vector]     one value, broadcast
 //   right = b[k * b_depth + v * width ...]                one vector
