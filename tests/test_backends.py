@@ -70,15 +70,23 @@ def test_auto_on_a_gpu_without_kernels_names_both_reasons(state: Any) -> None:
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("options", [{"proj_size": 3}, {"process_group": True}])
-def test_what_has_no_kernel_goes_to_the_reference_with_one_warning(state: Any, options: dict[str, Any]) -> None:
+def test_what_has_no_kernel_goes_to_the_reference_with_one_warning(state: Any) -> None:
     for device in (CPU, GPU):
-        state(cuda=Availability(True), triton=MISSING)  # which has projections
-        with pytest.warns(UserWarning, match=r"reference.*(proj_size=3|process_group)"):
-            assert resolve("auto", device, torch.float32, **options) == "reference"
+        state(cuda=Availability(True), triton=Availability(True))
+        with pytest.warns(UserWarning, match="reference.*process_group"):
+            assert resolve("auto", device, torch.float32, process_group=True) == "reference"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert resolve("auto", device, torch.float32, **options) == "reference"
+            assert resolve("auto", device, torch.float32, process_group=True) == "reference"
+
+
+@pytest.mark.parametrize("options", [{"proj_size": 3}, {"probes": True}])
+def test_projections_and_probes_have_kernels(state: Any, options: dict[str, Any]) -> None:
+    state(cpu=Availability(True), triton=Availability(True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve("auto", CPU, torch.float32, **options) == "cpu"
+        assert resolve("auto", GPU, torch.float32, **options) in ("cuda", "triton")
 
 
 def test_other_devices_raise() -> None:
@@ -172,7 +180,7 @@ def test_explain(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert text[-1] == "  auto takes triton"
     state(cuda=MISSING, triton=MISSING)
     assert explain("cuda").splitlines()[-1].startswith("  auto takes nothing: an error")
-    assert explain("cpu", proj_size=3).splitlines()[-1] == "  auto takes reference"
+    assert explain("cpu", process_group=True).splitlines()[-1] == "  auto takes reference"
 
 
 H200 = cuda.DeviceLimits(132, 232448, 9, 0)

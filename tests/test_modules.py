@@ -400,20 +400,6 @@ def test_bfloat16_and_back() -> None:
     assert module.float()(INPUT).output.dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("always")
-def test_projection_says_once_that_the_reference_runs_it() -> None:
-    module = fusedreg.LSTM(4, 5, proj_size=3)
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")
-        module(INPUT)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        module(INPUT)
-    module.backend = "cpu"
-    with pytest.raises(RuntimeError, match=r"proj_size=3.*reference"):
-        module(INPUT)
-
-
 def test_docstring_mentions_every_argument() -> None:
     text = (fusedreg.LSTM.__doc__ or "") + (fusedreg.LSTM.forward.__doc__ or "")
     for function in (fusedreg.LSTM.__init__, fusedreg.LSTM.forward):

@@ -135,7 +135,7 @@ def _choose(
         return "reference", reasons
     # On a GPU a missing file or package is an error, for someone expects a GPU's speed; what is left to the reference
     # by design is not.
-    by_design = without_kernel(dtype, proj_size=proj_size, process_group=process_group, probes=probes)
+    by_design = without_kernel(dtype, process_group=process_group)
     if device.type in _PREFERRED and by_design is not None:
         return "reference", reasons
     return None, reasons

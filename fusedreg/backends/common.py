@@ -51,16 +51,12 @@ class Backend(Protocol):
         """What the kernels run with, in a few words: instruction set, device, versions. Only where available."""
 
 
-def without_kernel(dtype: torch.dtype, *, proj_size: int, process_group: bool, probes: bool) -> str | None:
+def without_kernel(dtype: torch.dtype, *, process_group: bool) -> str | None:
     """Why no kernel of any backend can take a call, or ``None``: what is left to the reference by design."""
     if dtype not in DTYPES:
         return f"dtype: expected float32, float64, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
-    if proj_size:
-        return f"proj_size={proj_size}: these kernels have no projection"
     if process_group:
         return "BatchNorm(process_group=...): these kernels take statistics within one process"
-    if probes:
-        return "probes: these kernels do not differentiate them"
     return None
 
 

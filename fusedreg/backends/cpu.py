@@ -91,13 +91,13 @@ def unsupported(
     Args:
         device: of the input.
         dtype: of the input.
-        proj_size: of the module, 0 without a projection.
+        proj_size: of the module, 0 without a projection; these kernels have projections.
         process_group: whether a batch norm shares its statistics between processes.
-        probes: whether probes are to be differentiated.
+        probes: whether probes are to be differentiated; these kernels do.
     """
     if device.type != "cpu":
         return f"device: expected cpu, got {device}; move module and input to the CPU"
-    reason = without_kernel(dtype, proj_size=proj_size, process_group=process_group, probes=probes)
+    reason = without_kernel(dtype, process_group=process_group)
     if reason is not None:
         return reason
     state = load()

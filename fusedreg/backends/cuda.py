@@ -126,9 +126,13 @@ def unsupported(
     """
     if device.type != "cuda":
         return f"device: expected cuda, got {device}; move module and input to the GPU, for instance with .cuda()"
-    reason = without_kernel(dtype, proj_size=proj_size, process_group=process_group, probes=probes)
+    reason = without_kernel(dtype, process_group=process_group)
     if reason is not None:
         return reason
+    if proj_size:
+        return f"proj_size={proj_size}: these kernels have no projection"
+    if probes:
+        return "probes: these kernels do not differentiate them"
     state = load()
     if not state.available:
         return state.reason

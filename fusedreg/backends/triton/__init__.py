@@ -84,7 +84,7 @@ def unsupported(
         process_group: whether a batch norm shares its statistics between processes.
         probes: whether probes are to be differentiated; these kernels do.
     """
-    reason = without_kernel(dtype, proj_size=0, process_group=process_group, probes=False)
+    reason = without_kernel(dtype, process_group=process_group)
     if reason is not None:
         return reason
     if dtype == torch.float64:
