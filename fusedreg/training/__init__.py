@@ -19,7 +19,7 @@ from fusedreg.training.averaging import NonMonotonicTrigger, ParameterAverage
 from fusedreg.training.clipping import GradientNorms, clip_gradients
 from fusedreg.training.components import COMPONENTS, Classified, Component, classify
 from fusedreg.training.constraints import SpectralNormCap, cap_spectral_norm_, cap_spectral_radius_, max_norm_
-from fusedreg.training.embedding_dropout import EmbeddingDropout, embedding_dropout
+from fusedreg.training.embedding import EmbeddingDropout, embedding_dropout
 from fusedreg.training.groups import parameter_groups
 from fusedreg.training.language_model import AWDLSTM, LanguageModelResult
 from fusedreg.training.locked_dropout import LockedDropout

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fusedreg.modules import LSTM
 from fusedreg.regularization import RATE_NAMES, Regularization
-from fusedreg.training.embedding_dropout import embedding_dropout as dropped_embedding
+from fusedreg.training.embedding import embedding_dropout as dropped_embedding
 from fusedreg.training.locked_dropout import LockedDropout, check_rate
 from fusedreg.validation import check_size
 
