@@ -117,7 +117,8 @@ def _tiles(rows: int, hidden_size: int, present: int, norm: int) -> tuple[int, i
     """Rows and units of a tile: the largest with which most multiprocessors have one, or the smallest there are."""
     most_rows = min(64, max(16, power_of_two(rows)))
     if norm == NORM_BATCH:  # whose programs have every row
-        choices = [(most_rows, 32), (most_rows, 16), (most_rows, 8)]
+        narrow = [(most_rows, 8)] if configurations.least_units() <= 8 else []
+        choices = [(most_rows, 32), (most_rows, 16), *narrow]
     else:
         choices = [(most_rows, 32), (most_rows, 16), (max(16, most_rows // 2), 16), (16, 16)]
     for tile_rows, units in choices:

@@ -81,6 +81,11 @@ def multiprocessors(device: torch.device) -> int:
     return device_limits(device).multiprocessors
 
 
+def least_units() -> int:
+    """The narrowest tile of a product. AMD's matrix instructions take 16 columns, and Triton fails for fewer there."""
+    return 16 if torch.version.hip is not None else 8
+
+
 def wide_columns(width: int) -> int:
     """How many columns at once a program takes that owns whole rows of ``width``."""
     return min(256, max(16, power_of_two(width)))
@@ -117,13 +122,14 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
     present = limits.multiprocessors
     tile_rows = min(64, max(16, power_of_two(rows)))
     precision = product_precision(dtype)
-    fitting = [units for units in _UNITS if -(-hidden_size // units) <= present]
+    least = least_units()
+    fitting = [units for units in _UNITS if units >= least and -(-hidden_size // units) <= present]
     if persistent is None:
         persistent = bool(fitting) and present > 1 and not refused
     if persistent:
-        units = (fitting or [max(8, power_of_two(hidden_size))])[0]
+        units = (fitting or [max(least, power_of_two(hidden_size))])[0]
     else:
-        units = min(_STEP_UNITS, max(8, power_of_two(hidden_size)))
+        units = min(_STEP_UNITS, max(least, power_of_two(hidden_size)))
     columns, resident = _columns(layer, tile_rows, units, precision, limits if persistent else None)
     # One element of the tile to a thread; and warps that have no rows of their own in the product split its columns.
     small = tile_rows <= 32 and (dtype != torch.float32 or precision != "ieee")

@@ -33,6 +33,7 @@ def projected(rows, units, valid, tensors, LAYER: tl.constexpr, BLOCK: tl.conste
     """
     storage: tl.constexpr = tensors.inputs.weight_hr.dtype.element_ty
     depth: tl.constexpr = LAYER.hidden_size
+    precision: tl.constexpr = BLOCK.precision
     start = tensors.state.activated + rows.to(tl.int64) * depth
     weight = tensors.inputs.weight_hr + units.to(tl.int64) * depth
     total = tl.zeros([rows.shape[0], units.shape[0]], tl.float32)
@@ -44,8 +45,8 @@ def projected(rows, units, valid, tensors, LAYER: tl.constexpr, BLOCK: tl.conste
         w = tl.trans(tl.load(weight[:, None] + columns[None, :], mask=inside, other=0.0))
         high = narrow(u, storage)
         if storage != tl.float32:
-            total = dot(narrow(u - high.to(tl.float32), storage), w, total, BLOCK.precision)
-        total = dot(high, w, total, BLOCK.precision)
+            total = dot(narrow(u - high.to(tl.float32), storage), w, total, precision)
+        total = dot(high, w, total, precision)
     return total
 
 
