@@ -90,8 +90,7 @@ def heat_map(axes: Any, values: Any, *, diverging: bool, limit: float) -> Any:
     """
     import matplotlib
 
-    colours = matplotlib.colormaps[DIVERGING if diverging else SEQUENTIAL].copy()
-    colours.set_bad("#D00000")
+    colours = matplotlib.colormaps[DIVERGING if diverging else SEQUENTIAL].with_extremes(bad="#D00000")
     return axes.imshow(
         values,
         aspect="auto",

@@ -134,24 +134,21 @@ class NonFinite(Watcher):
         return to_pandas(self.rows(), _COLUMNS)
 
     def figure(self, *, width: float = figures.COLUMN_WIDTH) -> Figure:
-        """Each finding at its step, on a line a layer: triangles point the way the pass goes."""
-        labels = list(dict.fromkeys(finding.place.label for finding in self.findings))
+        """A line a finding, a triangle at its step: it points the way that the pass went."""
         with figures.drawing():
-            figure, ((axes,),) = figures.new_figure(width=width, row_height=0.5 + 0.25 * max(1, len(labels)))
-            for phase, marker in (("forward", ">"), ("backward", "<")):
-                own = [finding for finding in self.findings if finding.phase == phase]
-                colour = figures.COLOURS[0 if phase == "forward" else 1]
-                heights = [labels.index(finding.place.label) for finding in own]
-                axes.scatter([finding.step for finding in own], heights, marker=marker, color=colour, label=phase)
-                for finding, height in zip(own, heights, strict=True):
-                    text = f"{finding.kind} in {_short(finding)}"
-                    axes.annotate(text, (finding.step, height), xytext=(5, 4), textcoords="offset points", fontsize=6.5)
+            figure, ((axes,),) = figures.new_figure(width=width, row_height=0.5 + 0.3 * max(1, len(self.findings)))
+            for phase, marker, colour in (("forward", ">", 0), ("backward", "<", 1)):
+                own = [(at, finding) for at, finding in enumerate(self.findings) if finding.phase == phase]
+                sign = {"marker": marker, "s": 20, "color": figures.COLOURS[colour]}
+                axes.scatter([finding.step for _, finding in own], [at for at, _ in own], label=phase, **sign)
+            labels = [f"{own.place.label}, call {own.call}:\n{own.kind} in {_short(own)}" for own in self.findings]
             axes.set_yticks(range(len(labels)), labels)
-            axes.set_ylim(-0.5, max(1, len(labels)) - 0.3)
-            axes.margins(x=0.3)
+            axes.set_ylim(max(1, len(labels)) - 0.5, -0.5)
+            axes.margins(x=0.1)
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_xlabel("step $t$ of the first value that is not finite")
-            axes.set_ylabel("layer")
-            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+            axes.set_ylabel("finding")
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
         return figure
 
     def write(self, writer: Any, step: int, *, prefix: str = "not_finite") -> None:
