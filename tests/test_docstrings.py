@@ -1,0 +1,31 @@
+"""Every docstring's example runs and prints what it says."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import fusedreg
+
+MODULES = [fusedreg.__name__, *(module.name for module in pkgutil.walk_packages(fusedreg.__path__, "fusedreg."))]
+# Libraries of operators, which are loaded and not imported; and what runs as a program.
+SOURCES = [name for name in MODULES if not name.endswith(("._cpu", "._cuda"))]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_examples(name: str) -> None:
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"not run: {error}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the examples are small: a team would only wait
+    try:
+        results = doctest.testmod(module)
+    finally:
+        torch.set_num_threads(threads)
+    assert results.failed == 0, f"{results.failed} of {results.attempted} examples of {name} failed, see above"
