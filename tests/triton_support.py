@@ -3,6 +3,9 @@
 It runs kernels on CPU tensors. ``TRITON_INTERPRET=1`` does that where Triton has not been imported yet; where torch's
 compiler, or another test, came first, the functions of Triton's own library have been decorated for a GPU already and
 are wrapped anew. What is to be compiled is compiled in a process of its own (``test_triton_compile.py``).
+
+The interpreter reads a function's source when the function is first called, and not when its module is imported: a
+kernel's file that is changed while tests run makes them fail in odd ways.
 """
 
 from __future__ import annotations
