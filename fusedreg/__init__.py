@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from fusedreg import backends, checkpoints, functional, initialization, inspect, training, truncated
 from fusedreg._version import __version__
+from fusedreg.cell import CellSequence, LSTMCell
 from fusedreg.functional import LSTMResult, LSTMResultWithCells
 from fusedreg.masks import masks
 from fusedreg.modules import LSTM
@@ -18,7 +19,9 @@ from fusedreg.replacement import Replacements, replace_lstms
 
 __all__ = [
     "LSTM",
+    "LSTMCell",
     "BatchNorm",
+    "CellSequence",
     "LSTMResult",
     "LSTMResultWithCells",
     "LayerNorm",

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fusedreg.regularization import Regularization
+
 if TYPE_CHECKING:
+    from fusedreg.cell import LSTMCell
     from fusedreg.modules import LSTM
 
 _Module = TypeVar("_Module", bound="LSTM")
+_Cell = TypeVar("_Cell", bound="LSTMCell")
 
 _HYPERPARAMETERS = (
     "input_size",
@@ -55,15 +59,7 @@ def to_torch(module: LSTM) -> nn.LSTM:
     """See :meth:`fusedreg.LSTM.to_torch`."""
     _check_plain(module, "module")
     regularization = module.regularization
-    for name in ("norm", "zoneout_hidden", "zoneout_cell", "cell_dropout"):
-        value = getattr(regularization, name)
-        if value and any(value if isinstance(value, tuple) else (value,)):
-            remedy = (
-                "nn.LSTM has no place for its parameters"
-                if name == "norm"
-                else "it acts in evaluation too: assign a regularization without it first"
-            )
-            raise ValueError(f"to_torch: expected {name} to be off, got {name}={value!r}; {remedy}")
+    _check_off_in_evaluation(regularization)
     arguments = {name: getattr(module, name) for name in _HYPERPARAMETERS}
     rates = {regularization.layer_rate("dropout", layer, module.num_layers) for layer in range(module.num_layers - 1)}
     if len(rates) > 1:
@@ -75,6 +71,45 @@ def to_torch(module: LSTM) -> nn.LSTM:
     result = nn.LSTM(**arguments, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
     _copy_weights(module, result)
     return result.train(module.training)
+
+
+def cell_from_torch(cls: type[_Cell], module: nn.LSTMCell, options: Mapping[str, Any]) -> _Cell:
+    """See :meth:`fusedreg.LSTMCell.from_torch`."""
+    if not isinstance(module, nn.LSTMCell):
+        raise TypeError(
+            f"module: expected a torch.nn.LSTMCell, got {type(module).__name__}; a state_dict loads with "
+            f"load_state_dict"
+        )
+    _check_plain(module, "module")
+    sizes = module.input_size, module.hidden_size, module.bias
+    result = cls(*sizes, device="meta", dtype=module.weight_ih.dtype, **options)
+    result.to_empty(device=module.weight_ih.device)
+    result.reset_norm()
+    _copy_weights(module, result)
+    return result.train(module.training)
+
+
+def cell_to_torch(module: LSTMCell) -> nn.LSTMCell:
+    """See :meth:`fusedreg.LSTMCell.to_torch`."""
+    _check_plain(module, "module")
+    _check_off_in_evaluation(module.regularization)
+    weight: Tensor = module.weight_ih
+    sizes = module.input_size, module.hidden_size, module.bias
+    result = nn.LSTMCell(*sizes, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
+    _copy_weights(module, result)
+    return result.train(module.training)
+
+
+def _check_off_in_evaluation(regularization: Regularization) -> None:
+    for name in ("norm", "zoneout_hidden", "zoneout_cell", "cell_dropout"):
+        value = getattr(regularization, name)
+        if value and any(value if isinstance(value, tuple) else (value,)):
+            remedy = (
+                "torch's module has no place for its parameters"
+                if name == "norm"
+                else "it acts in evaluation too: assign a regularization without it first"
+            )
+            raise ValueError(f"to_torch: expected {name} to be off, got {name}={value!r}; {remedy}")
 
 
 def _check_plain(module: nn.Module, argument: str) -> None:

@@ -174,6 +174,29 @@ def update_running(
                 _mix(buffers[name], value, updated[:rows_updated], weight[:rows_updated])
 
 
+def read_step(
+    buffers: Mapping[str, Tensor], options: LayerOptions, step: int, dtype: torch.dtype
+) -> RunningStatistics | None:
+    """What a call of one step reads, the sequence's ``step``-th: as :func:`read_running`."""
+    steps = min(step + 1, buffers[COUNT].shape[0])  # further steps read what the last one does
+    running = read_running(buffers, options, steps, dtype, lengths=None)
+    return running and running._replace(index=running.index[-1:], input_index=running.input_index[-1:])
+
+
+def update_step(
+    buffers: Mapping[str, Tensor], statistics: BatchStatistics, norm: BatchNorm, *, step: int, rows: int
+) -> None:
+    """As :func:`update_running` after a call of one step, the sequence's ``step``-th.
+
+    A single row for all steps is updated at each of them, since their mean is not known yet.
+    """
+    if norm.statistics == "per_step":
+        if step >= buffers[COUNT].shape[0]:
+            return
+        buffers = {name: value[step : step + 1] for name, value in buffers.items()}
+    update_running(buffers, statistics, norm, steps=1, rows=rows, lengths=None)
+
+
 def _rows_by_step(steps: int, rows: int, lengths: Tensor | None, norm: BatchNorm, device: torch.device) -> Tensor:
     """How many rows of the batch take part in each processed step, ``(T,)``, over all ranks of the group."""
     if lengths is None:

@@ -1,0 +1,152 @@
+"""The checks of what a user passes to :class:`fusedreg.LSTMCell`: argument, expected, got, remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedreg.layer import LayerOptions, compute_dtype
+from fusedreg.regularization import BatchNorm, Regularization
+from fusedreg.validation import InputError, InputTypeError
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_regularization(regularization: Regularization) -> None:
+    """Check that the options make sense for one layer, step by step.
+
+    Raises:
+        ValueError: ``dropout``, or a batch norm with ``input_statistics="sequence"``.
+    """
+    if regularization.dropout not in (0.0, (), (0.0,)):
+        raise ValueError(
+            f"dropout: expected 0 for a cell, since it acts between layers, got {regularization.dropout}; put "
+            f"nn.Dropout between two cells, or use output_dropout"
+        )
+    norm = regularization.norm
+    if isinstance(norm, BatchNorm) and norm.input_statistics == "sequence":
+        raise ValueError(
+            "norm: expected input_statistics='step' for a cell, got 'sequence', which takes its statistics over all "
+            "steps at once; use fusedreg.LSTM over the whole sequence"
+        )
+
+
+def check_output_is_asked_for(options: LayerOptions, return_output: bool) -> None:
+    """Check that an output which is not ``h`` is not lost.
+
+    Raises:
+        ValueError: ``output_dropout``, or zoneout with ``zoneout_output="candidate"``, without ``return_output``.
+    """
+    if return_output:
+        return
+    if options.output_dropout > 0.0 or (options.zoneout_output == "candidate" and options.zoneout_hidden > 0.0):
+        name = "output_dropout" if options.output_dropout > 0.0 else "zoneout_output='candidate'"
+        raise ValueError(
+            f"return_output: expected True with {name}, which makes the output differ from h, got False; call "
+            f"output, (h, c) = cell(input, (h, c), return_output=True)"
+        )
+
+
+def check_input(input: Any, input_size: int, weight: Tensor) -> None:
+    """Check the input of a step: rank, size, type, device.
+
+    Raises:
+        TypeError: not a tensor. ValueError: wrong rank or type. InputError: wrong feature size or device.
+    """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a tensor, got {type(input).__name__}; convert with torch.as_tensor")
+    if input.dim() not in (1, 2):
+        raise ValueError(
+            f"input: expected shape (B, {input_size}), or ({input_size},) unbatched, got {tuple(input.shape)}; pass "
+            f"one step, or use fusedreg.LSTM for a whole sequence"
+        )
+    if input.dtype != weight.dtype or input.dtype not in _DTYPES:
+        raise ValueError(
+            f"input: expected {weight.dtype}, the parameters' type, got {input.dtype}; convert with "
+            f"input.to({weight.dtype}) or cell.to({input.dtype})"
+        )
+    if input.device != weight.device:
+        raise InputError(
+            f"input: expected device {weight.device}, where the parameters are, got {input.device}; move one with "
+            f".to(device)"
+        )
+    if input.shape[-1] != input_size:
+        raise InputError(
+            f"input: expected input_size={input_size} features in the last dimension, got shape {tuple(input.shape)}; "
+            f"check input_size"
+        )
+
+
+def check_state(hx: Any, hidden_size: int, input: Tensor) -> tuple[Tensor, Tensor]:
+    """Check ``(h, c)``, each of the input's shape with ``hidden_size`` in place of the features.
+
+    Raises:
+        InputTypeError: not a pair of tensors. InputError: wrong shape, type or device.
+    """
+    if isinstance(hx, Tensor) or not isinstance(hx, Sequence) or len(hx) != 2:
+        got = f"{type(hx).__name__} of length {len(hx)}" if isinstance(hx, Sequence) else type(hx).__name__
+        raise InputTypeError(f"hx: expected a tuple (h, c) of two tensors, got {got}; pass None for zeros")
+    expected = (*input.shape[:-1], hidden_size)
+    for name, state in (("h", hx[0]), ("c", hx[1])):
+        if not isinstance(state, Tensor):
+            raise InputTypeError(f"hx: expected {name} to be a tensor, got {type(state).__name__}; pass None for zeros")
+        if state.dim() != len(expected) or any(a != b for a, b in zip(state.shape, expected, strict=True)):
+            raise InputError(
+                f"hx: expected {name} of shape {tuple(expected)}, got {tuple(state.shape)}; a cell's states have no "
+                f"dimension of layers"
+            )
+        if state.device != input.device:
+            raise InputError(f"hx: expected {name} on {input.device}, got {state.device}; move it with .to(device)")
+        if state.dtype != input.dtype and not (name == "c" and state.dtype == compute_dtype(input.dtype)):
+            raise InputError(
+                f"hx: expected {name} of {input.dtype} as the input, got {state.dtype}; convert with "
+                f"{name}.to({input.dtype})"
+            )
+    return hx[0], hx[1]
+
+
+def check_reset(reset: Any, input: Tensor) -> Tensor:
+    """Check which rows begin anew: bool, the input's shape without its features.
+
+    Raises:
+        TypeError: not a bool tensor. ValueError: wrong shape or device.
+    """
+    if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+        got = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
+        raise TypeError(f"reset: expected a bool tensor, one flag a row, got {got}; convert with reset.bool()")
+    expected = input.shape[:-1]
+    if reset.dim() != len(expected) or any(a != b for a, b in zip(reset.shape, expected, strict=True)):
+        raise ValueError(f"reset: expected shape {tuple(expected)}, one flag a row, got {tuple(reset.shape)}")
+    if reset.device != input.device:
+        raise ValueError(f"reset: expected device {input.device}, the input's, got {reset.device}; move it there")
+    return reset
+
+
+def check_sequence(sequence: Any, seed: Any, generator: Any, draws: bool) -> None:
+    """Check that a sequence is one, decides the masks alone, and has a seed where masks are drawn.
+
+    Raises:
+        TypeError: not a ``CellSequence``. ValueError: beside a seed or generator, before step 0, or without a seed.
+    """
+    from fusedreg.cell import CellSequence  # here, because fusedreg.cell imports this module
+
+    if not isinstance(sequence, CellSequence):
+        raise TypeError(
+            f"sequence: expected what cell.begin() returns, got {type(sequence).__name__}; a seed goes into seed="
+        )
+    if seed is not None or generator is not None:
+        given = "seed" if seed is not None else "generator"
+        raise ValueError(f"{given}: expected None beside a sequence, which has a seed, got both; pass it to cell.begin")
+    step: Any = sequence.step  # inside torch.compile it may be a symbolic int
+    if isinstance(step, (bool, float)) or not (isinstance(step, int) or hasattr(step, "__index__")):
+        raise TypeError(f"sequence: expected an int for its step, got {type(step).__name__}; pass sequence.at(step)")
+    if step < 0:
+        raise ValueError(f"sequence: expected a step of 0 or more, got {step}; count steps from 0")
+    if draws and sequence.seed is None:
+        raise ValueError(
+            "sequence: expected one with a seed, since masks are drawn in training, got one that was begun in "
+            "evaluation; begin it after cell.train()"
+        )
