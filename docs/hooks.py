@@ -36,8 +36,9 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pictures to the site; none is written into the repository."""
     from mkdocs.structure.files import File
 
-    for name, content in _script("drawings").draw_all().items():
-        files.append(File.generated(config, f"pictures/{name}", content=content))
+    for script in ("drawings", "inspect_drawings"):
+        for name, content in _script(script).draw_all().items():
+            files.append(File.generated(config, f"pictures/{name}", content=content))
     return files
 
 

@@ -141,11 +141,12 @@ class HeatMap:
             panels = [axes for row in grid for axes in row]
             for axes, gate, values in zip(panels, self.gates, self.values.double().numpy(), strict=False):
                 image = figures.heat_map(axes, values, diverging=self.diverging, limit=limit or 1.0)
-                axes.set_title(f"{self.name}, {gate}" if gate else self.name)
+                axes.set_title(f"gate {gate}" if gate else "")
             for row in grid:
                 row[0].set_ylabel("unit")
             for axes in grid[-1]:
                 axes.set_xlabel(self.columns)
+            figure.suptitle(self.name)
             figure.colorbar(image, ax=panels, label=self.quantity, pad=0.02)
         return figure
 

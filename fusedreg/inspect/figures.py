@@ -25,6 +25,7 @@ SEQUENTIAL, DIVERGING = "cividis", "PuOr"
 _STYLE: Any = {
     "font.size": 8.0,
     "axes.titlesize": 8.0,
+    "figure.titlesize": 8.0,
     "axes.labelsize": 8.0,
     "xtick.labelsize": 7.0,
     "ytick.labelsize": 7.0,

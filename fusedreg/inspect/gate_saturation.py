@@ -75,7 +75,7 @@ class Saturation:
             across = min(2, len(self.layers))
             down = -(-len(self.layers) // across)
             figure, grid = figures.new_figure(
-                down, across, width=width, row_height=width / across * 0.9, sharex=True, sharey=True
+                down, across, width=width, row_height=0.4 + width / across * 0.9, sharex=True, sharey=True
             )
             panels = [axes for row in grid for axes in row]
             for axes in panels[len(self.layers) :]:
@@ -87,7 +87,7 @@ class Saturation:
                     axes.scatter(layer.left[gate], layer.right[gate], label=gate, clip_on=False, **own)
                 axes.plot([0, 1], [1, 0], color="0.6", linewidth=0.6, zorder=0)
                 axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-                axes.set_title(f"{layer.place.label}: {int(layer.dead.sum())} of {len(layer.dead)} units dead")
+                axes.set_title(f"{layer.place.label}\n{int(layer.dead.sum())} of {len(layer.dead)} units dead")
             for row in grid:
                 row[0].set_ylabel("right-saturated\n(share of steps)")
             for axes in grid[-1]:
