@@ -48,6 +48,18 @@ def test_norms(norm: Any) -> None:
     assert norms == {name for name in components if name.startswith("norm_")} != set()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_cells(bias: bool) -> None:
+    ours, theirs = fusedreg.LSTMCell(3, 4, bias=bias, norm=fusedreg.LayerNorm()), nn.LSTMCell(3, 4, bias=bias)
+    components = found(ours)
+    assert {name: components[name] for name in found(theirs)} == found(theirs)
+    expected = {"weight_ih": "kernel", "weight_hh": "recurrent"} | (
+        {"bias_ih": "bias", "bias_hh": "bias"} if bias else {}
+    )
+    assert found(theirs) == expected
+    assert {component for name, component in components.items() if name not in expected} == {"norm"}
+
+
 def test_names_do_not_decide() -> None:
     """A module of the user's own may call anything weight_hh_l0."""
 

@@ -132,8 +132,9 @@ def test_zeros_and_16_bit() -> None:
     assert torch.linalg.matrix_norm(blocks(lstm).float(), 2).max() < 0.1 * 1.01
 
 
-def test_cells_tied_and_frozen_weights() -> None:
-    model = nn.ModuleDict({"cell": spread(nn.LSTMCell(3, 4)), "a": spread(nn.LSTM(3, 4)), "b": nn.LSTM(3, 4)})
+@pytest.mark.parametrize("cell", [nn.LSTMCell, fusedreg.LSTMCell])
+def test_cells_tied_and_frozen_weights(cell: Any) -> None:
+    model = nn.ModuleDict({"cell": spread(cell(3, 4)), "a": spread(nn.LSTM(3, 4)), "b": nn.LSTM(3, 4)})
     model["b"].weight_hh_l0 = model["a"].weight_hh_l0
     model["a"].weight_ih_l0.requires_grad_(False)
     frozen = model["a"].weight_ih_l0.clone()

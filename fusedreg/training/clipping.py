@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
-from fusedreg.training.components import COMPONENTS, Component, check_components, classify, non_negative
+from fusedreg.training.components import COMPONENTS, Component, by_identity, check_components, non_negative
 
 
 class GradientNorms(NamedTuple):
@@ -66,28 +66,45 @@ def clip_gradients(
     """
     limits = _limits(max_norm, components)
     excluded = _excluded(model, exclude)
+    component = by_identity(model)
     members: dict[Component, list[nn.Parameter]] = {}
-    for found in classify(model):
-        chosen = found.component in limits and id(found.parameter) not in excluded
-        if chosen and found.parameter.grad is not None:
-            members.setdefault(found.component, []).append(found.parameter)
-    norms = {
-        component: get_total_norm(
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            norm_type,
-            error_if_nonfinite,
-            foreach,
+    for parameter in model.parameters():
+        chosen = component[id(parameter)]
+        if chosen in limits and parameter.grad is not None and id(parameter) not in excluded:
+            members.setdefault(chosen, []).append(parameter)
+    everything = [parameter for parameters in members.values() for parameter in parameters]
+    each = _norms(everything, norm_type, foreach)
+    remaining = iter(each)
+    norms = {name: _joined([next(remaining) for _ in parameters], norm_type) for name, parameters in members.items()}
+    total = _joined(each, norm_type)
+    if error_if_nonfinite and not bool(total.isfinite()):
+        found = {name: float(norm) for name, norm in norms.items()}
+        raise RuntimeError(
+            f"clip_gradients: expected finite gradients, got norms {found}; leave this step out, or pass "
+            f"error_if_nonfinite=False"
         )
-        for component, parameters in members.items()
-    }
-    total = get_total_norm(list(norms.values()), norm_type, error_if_nonfinite, foreach) if norms else torch.zeros(())
     if isinstance(max_norm, Mapping):
-        for component, parameters in members.items():
-            clip_grads_with_norm_(parameters, limits[component], norms[component], foreach)
-    else:
-        chosen_parameters = [parameter for parameters in members.values() for parameter in parameters]
-        clip_grads_with_norm_(chosen_parameters, max_norm, total, foreach)
+        for name, parameters in members.items():
+            clip_grads_with_norm_(parameters, limits[name], norms[name], foreach)
+    elif everything:
+        clip_grads_with_norm_(everything, max_norm, total, foreach)
     return GradientNorms(total, norms)
+
+
+def _norms(parameters: list[nn.Parameter], norm_type: float, foreach: bool | None) -> list[Tensor]:
+    """The norm of each gradient, in one call where ``foreach`` allows it."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if foreach is False or not gradients:
+        return [torch.linalg.vector_norm(gradient, norm_type) for gradient in gradients]
+    return list(torch._foreach_norm(gradients, norm_type))
+
+
+def _joined(norms: list[Tensor], norm_type: float) -> Tensor:
+    """The norm of everything together, from the norms of its parts, on the first one's device."""
+    if not norms:
+        return torch.zeros(())
+    joined: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+    return joined
 
 
 def _limits(max_norm: float | Mapping[str, float], components: Iterable[str] | None) -> dict[str, float]:

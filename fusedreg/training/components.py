@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fusedreg.cell import LSTMCell
 from fusedreg.modules import LSTM
 from fusedreg.parameters import Architecture, suffix
 
@@ -83,8 +84,10 @@ def places(module: nn.Module) -> list[Place]:
             for layer, direction in architecture.places()
             for field in (*architecture.torch_shapes(layer), *architecture.norm_shapes())
         ]
-    if isinstance(module, nn.LSTMCell):
-        fields = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
+    if isinstance(module, (LSTMCell, nn.LSTMCell)):
+        norm = module.regularization.norm if isinstance(module, LSTMCell) else None
+        architecture = Architecture(module.input_size, module.hidden_size, bias=module.bias, norm=norm)
+        fields = (*architecture.torch_shapes(0), *architecture.norm_shapes())
         return [Place(field, field, 0, 0) for field in fields]
     return []
 
@@ -126,19 +129,31 @@ def classify(model: nn.Module) -> list[Classified]:
         [('lstm.weight_ih_l0', 'kernel'), ('lstm.weight_hh_l0', 'recurrent'), ('lstm.bias_ih_l0', 'bias'), \
 ('lstm.bias_hh_l0', 'bias'), ('head.weight', 'other'), ('head.bias', 'bias')]
     """
-    check_model(model)
-    uses: dict[int, list[Component]] = {}
-    for module in model.modules():
-        for component, parameter in _uses(module):
-            uses.setdefault(id(parameter), []).append(component)
+    component = by_identity(model)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    result = []
-    for parameter in model.parameters():
-        component = min(uses.get(id(parameter), ["other"]), key=_PRECEDENCE.index)
-        result.append(Classified(parameter, component, tuple(names[id(parameter)])))
-    return result
+    return [
+        Classified(parameter, component[id(parameter)], tuple(names[id(parameter)])) for parameter in model.parameters()
+    ]
+
+
+def by_identity(model: nn.Module) -> dict[int, Component]:
+    """The component of each parameter, by its ``id``: :func:`classify` without the names, for what runs every step.
+
+    Raises:
+        TypeError: not a module.
+    """
+    check_model(model)
+    found: dict[int, Component] = {}
+    for module in model.modules():
+        for component, parameter in _uses(module):
+            before = found.get(id(parameter), component)
+            found[id(parameter)] = min(before, component, key=_PRECEDENCE.index)
+        for own in module._parameters.values():
+            if own is not None:
+                found.setdefault(id(own), "other")
+    return found
 
 
 def _uses(module: nn.Module) -> Iterator[tuple[Component, nn.Parameter]]:
@@ -179,7 +194,7 @@ def uses_of_weights(model: nn.Module) -> Iterator[tuple[Component, Tensor]]:
 
     A weight that plays several parts has the component that :func:`classify` gives it.
     """
-    component = {id(found.parameter): found.component for found in classify(model)}
+    component = by_identity(model)
     seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, parametrize.ParametrizationList):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fusedreg.training.components import COMPONENTS, classify, numbers_by_component
+from fusedreg.training.components import COMPONENTS, by_identity, numbers_by_component
 
 
 def parameter_groups(
@@ -47,8 +47,9 @@ def parameter_groups(
     decays = numbers_by_component("weight_decay", weight_decay)
     rates = numbers_by_component("learning_rate", learning_rate or {})
     members: dict[str, list[nn.Parameter]] = {}
-    for found in classify(model):
-        members.setdefault(found.component, []).append(found.parameter)
+    component_of = by_identity(model)
+    for parameter in model.parameters():
+        members.setdefault(component_of[id(parameter)], []).append(parameter)
     groups: list[dict[str, Any]] = []
     for component in COMPONENTS:
         if component in members:
