@@ -57,6 +57,12 @@ def test_evaluation_by_hand(tied: bool) -> None:
     ]
 
 
+def test_unbatched() -> None:
+    model = AWDLSTM(20, 5, 7).eval()
+    words = torch.randint(20, (6, 2))
+    torch.testing.assert_close(model(words[:, 1]).logits, model(words).logits[:, 1])
+
+
 def test_masks_of_training() -> None:
     """Locked masks on the embedded words, between layers and at the end; other masks at the next call."""
     torch.manual_seed(0)

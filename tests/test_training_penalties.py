@@ -173,6 +173,10 @@ def test_bad_arguments() -> None:
         activity_l2(output, -1.0)
     with pytest.raises(ValueError, match=r"lengths: expected one a row, 2 of them, got shape \(3,\)"):
         activity_l1(output, 1.0, lengths=[1, 2, 3])
+    packed = pack_padded_sequence(output, [5, 5])
+    for function in (activity_l1, temporal_activation_regularization):
+        with pytest.raises(ValueError, match="lengths: expected None with a PackedSequence"):
+            function(packed, 1.0, lengths=[5, 5])
     with pytest.raises(ValueError, match=r"output: expected 3 axes, or 2 unbatched, got shape \(5,\)"):
         activation_regularization(output[:, 0, 0])
     with pytest.raises(ValueError, match=r"reset: expected bool of shape \(5, 2\).*got torch.bool of \(2, 5\)"):

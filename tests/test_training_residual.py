@@ -95,5 +95,7 @@ def test_bad_arguments() -> None:
         ResidualLSTM([nn.LSTM(2, 4), nn.LSTM(4, 4, batch_first=True)])
     with pytest.raises(ValueError, match="first: expected an index of a layer, got -1"):
         ResidualLSTM([nn.LSTM(2, 4)], first=-1)
+    with pytest.raises(ValueError, match=r"lengths: expected None with a torch\.nn\.LSTM among the layers"):
+        stack(nn.LSTM)(torch.zeros(T, B, I, dtype=torch.float64), lengths=[1, 2, 3])
     with pytest.raises(ValueError, match=r"state: expected one \(h, c\) a layer, 3 of them, got 1"):
         stack(nn.LSTM)(torch.zeros(T, B, I, dtype=torch.float64), [()])

@@ -57,7 +57,7 @@ class AWDLSTM(nn.Module):
         encoder: the embedding. lstms: the layers. locked_dropout: after the last. decoder: the output layer.
 
     Shapes:
-        ``words`` ``(T, B)``; see :class:`LanguageModelResult`.
+        ``words`` ``(T, B)``, or ``(T,)`` unbatched; see :class:`LanguageModelResult`.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -146,7 +146,7 @@ class AWDLSTM(nn.Module):
         """Score every word of the vocabulary as the next one, after each step.
 
         Args:
-            words: ``(T, B)`` indices.
+            words: ``(T, B)`` indices, or ``(T,)``.
             state: one ``(h, c)`` a layer, as an earlier call returned them; ``None`` for zeros. Detach it with
                 :func:`fusedreg.truncated.detach`.
             lengths, reset: as in :meth:`fusedreg.LSTM.forward`.

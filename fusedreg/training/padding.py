@@ -31,3 +31,13 @@ def valid_steps(output: Tensor, lengths: Tensor | Sequence[int] | None, batch_fi
     if rows is None:
         return steps < on_device
     return steps < on_device[:, None] if batch_first else steps[:, None] < on_device
+
+
+def check_not_packed_twice(lengths: object) -> None:
+    """Check that lengths do not come beside a ``PackedSequence``.
+
+    Raises:
+        ValueError: they do.
+    """
+    if lengths is not None:
+        raise ValueError("lengths: expected None with a PackedSequence, which has its own, got both; leave lengths out")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedreg.training.components import non_negative, numbers_by_component, uses_of_weights
-from fusedreg.training.padding import is_time_first, valid_steps
+from fusedreg.training.padding import check_not_packed_twice, is_time_first, valid_steps
 
 
 def l1_penalty(model: nn.Module, strength: float | Mapping[str, float]) -> Tensor:
@@ -196,6 +196,7 @@ def temporal_activation_regularization(
     """
     strength = non_negative("strength", strength)
     if isinstance(undropped, PackedSequence):
+        check_not_packed_twice(lengths)
         undropped, lengths = nn.utils.rnn.pad_packed_sequence(undropped)
         batch_first = False
     time_axis = 0 if is_time_first(undropped, batch_first) else 1
@@ -216,6 +217,7 @@ def temporal_activation_regularization(
 
 def _mean(output: Tensor | PackedSequence, lengths: Any, batch_first: bool, power: int) -> Tensor:
     if isinstance(output, PackedSequence):
+        check_not_packed_twice(lengths)
         return _mean_power(output.data, None, power)
     return _mean_power(output, valid_steps(output, lengths, batch_first), power)
 

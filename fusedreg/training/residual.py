@@ -78,26 +78,39 @@ class ResidualLSTM(nn.Module):
                 )
 
     def forward(
-        self, input: Tensor | PackedSequence, state: Sequence[tuple[Tensor, Tensor]] | None = None, **options: Any
+        self,
+        input: Tensor | PackedSequence,
+        state: Sequence[tuple[Tensor, Tensor]] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
     ) -> ResidualResult:
         """Run the layers.
 
         Args:
             input: as the layers take it.
             state: one ``(h_0, c_0)`` a layer; ``None`` for zeros. Detach it with :func:`fusedreg.truncated.detach`.
-            **options: passed to every layer: ``lengths`` and ``reset`` of :class:`fusedreg.LSTM`.
+            lengths, reset: given to every layer, as :meth:`fusedreg.LSTM.forward` takes them; with ``lengths`` the
+                output is 0 in padding. ``nn.LSTM`` has neither.
 
         Returns:
-            :class:`ResidualResult`. With ``lengths`` the output is 0 in padding.
+            :class:`ResidualResult`.
 
         Raises:
-            ValueError: not one state a layer.
+            ValueError: not one state a layer, or ``lengths`` or ``reset`` for an ``nn.LSTM``.
         """
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"state: expected one (h, c) a layer, {len(self.layers)} of them, got {len(state)}")
+        given = {"lengths": lengths, "reset": reset}
+        options = {name: value for name, value in given.items() if value is not None}
+        if options and any(isinstance(layer, nn.LSTM) for layer in self.layers):
+            raise ValueError(
+                f"{next(iter(options))}: expected None with a torch.nn.LSTM among the layers, got one; use "
+                f"fusedreg.LSTM (fusedreg.replace_lstms), or a PackedSequence for lengths"
+            )
         valid = None
-        if options.get("lengths") is not None and isinstance(input, Tensor):
-            valid = valid_steps(input, options["lengths"], bool(self.layers[0].batch_first))
+        if lengths is not None and isinstance(input, Tensor):
+            valid = valid_steps(input, lengths, bool(self.layers[0].batch_first))
         states = []
         for index, layer in enumerate(self.layers):
             output, last = layer(input, None if state is None else state[index], **options)[:2]

@@ -15,6 +15,7 @@ from fusedreg.modules import LSTM
 from fusedreg.packed import pad
 from fusedreg.regularization import BatchNorm, Regularization
 from fusedreg.training.components import Place, places
+from fusedreg.training.padding import check_not_packed_twice
 
 # What the penalty is differentiable in; all else of the model is a constant to it.
 _RECURRENT = ("weight_hh", "weight_hr")
@@ -140,6 +141,7 @@ def _as_batch(lstm: LSTM | nn.LSTM, input: Any, gradients: Any, hx: Any, lengths
     output_gradient, hidden_gradient, cell_gradient = gradients
     hidden, cell = (None, None) if hx is None else hx
     if isinstance(input, PackedSequence):
+        check_not_packed_twice(lengths)
         input, lengths = pad(input)
         if output_gradient is not None:
             output_gradient, _ = pad(output_gradient)
