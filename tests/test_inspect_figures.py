@@ -56,8 +56,7 @@ def axes_of(figure: Any) -> list[Any]:
     return [axes for axes in figure.axes if axes.get_visible()]
 
 
-@pytest.mark.parametrize("name", SEEN)
-@pytest.mark.parametrize("width", [3.4, 7.0])
+@pytest.mark.parametrize(("name", "width"), [*((name, 3.4) for name in SEEN), ("flow", 7.0)])
 def test_every_figure_is_drawn_and_labelled(name: str, width: float) -> None:
     figure = SEEN[name].figure(width=width)
     assert (

@@ -179,13 +179,23 @@ def test_layouts() -> None:
         torch.testing.assert_close(pad_packed_sequence(own)[0], time_first)
 
 
-def test_projection_and_16_bits() -> None:
-    lstm = module(proj_size=2, dtype=torch.bfloat16)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_projection_and_16_bits(backend: str) -> None:
+    lstm = module(proj_size=2, dtype=torch.bfloat16, backend=backend)
     with GradientFlow(lstm) as flow:
         lstm(batch().bfloat16())[0].sum().backward()
     (layer,) = flow.layers
     assert layer.hidden.shape == (T, B, 2) and layer.hidden.dtype == torch.bfloat16
     assert layer.cell.shape == (T, B, H) and layer.cell.dtype == torch.float32
+
+
+def test_under_autocast() -> None:
+    """The types are those that the layer runs in."""
+    lstm = module(dtype=torch.float32)
+    with GradientFlow(lstm) as flow, States(lstm) as states, torch.autocast("cpu", torch.bfloat16):
+        lstm(batch().float())[0].float().square().sum().backward()
+    assert flow.layers[0].hidden.dtype == torch.bfloat16 and flow.layers[0].cell.dtype == torch.float32
+    assert flow.layers[0].cell.abs().sum() > 0 and states.layers[0]["f"].dtype == torch.float32
 
 
 def test_two_forwards_before_a_backward() -> None:

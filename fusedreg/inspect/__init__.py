@@ -4,21 +4,16 @@ Everything comes as data (``rows()``, ``to_pandas()``), as a matplotlib figure (
 histograms of a TensorBoard writer (``write(writer, step)``); matplotlib and pandas are imported when they are asked
 for. What has to watch calls is a context manager, which changes nothing in what the model computes.
 
-==========================================  ===========================================================  =========
-what                                        shows                                                        nn.LSTM
-==========================================  ===========================================================  =========
-:class:`GradientFlow`                       ``dL/dh_t`` and ``dL/dc_t`` of every step, row and unit      no
-:class:`States`                             gates and states of every step                               yes
-:func:`saturation`                          saturated gates and dead units, of what ``States`` saw       yes
-:func:`weight_histograms`, `weight_maps`    weights and their gradients by gate and channel              yes
-:class:`WeightTracker`                      norms and update-to-weight ratios over a training            yes
-:func:`spectra`                             singular values, spectral radius of each gate's ``W_hh``     yes
-:class:`NonFinite`                          the first NaN or Inf: layer, gate, step                      forward
-==========================================  ===========================================================  =========
+- :class:`GradientFlow`: ``dL/dh_t`` and ``dL/dc_t`` of every step, layer, row and unit; not of an ``nn.LSTM``.
+- :class:`States`: gates and states of every step; :func:`saturation`: saturated gates and dead units among them.
+- :func:`weight_histograms`, :func:`weight_maps`: weights and their gradients, by gate and channel.
+- :class:`WeightTracker`: norms and update-to-weight ratios over a training, by component and gate.
+- :func:`spectra`: singular values and spectral radius of each gate's ``W_hh``.
+- :class:`NonFinite`: the first NaN or Inf, by layer, gate and step; of an ``nn.LSTM`` in the forward alone.
 
 Example:
     >>> import torch, fusedreg
-    >>> lstm = fusedreg.LSTM(3, 4, backend="reference")
+    >>> lstm = fusedreg.LSTM(3, 4)
     >>> with fusedreg.inspect.GradientFlow(lstm) as flow:
     ...     lstm(torch.randn(50, 2, 3))[0][-1].sum().backward()
     >>> flow.layers[0].marks("hidden", vanishing=1e-3).exploding

@@ -174,7 +174,7 @@ class GradientFlow(Watcher):
 
     Example:
         >>> import torch, fusedreg
-        >>> lstm = fusedreg.LSTM(3, 4, num_layers=2, backend="reference")
+        >>> lstm = fusedreg.LSTM(3, 4, num_layers=2)
         >>> with fusedreg.inspect.GradientFlow(lstm) as flow:
         ...     lstm(torch.randn(7, 2, 3))[0][-1].sum().backward()
         >>> flow.layers[1].hidden.shape, flow.layers[1].norm_over_time("cell").shape
@@ -195,7 +195,7 @@ class GradientFlow(Watcher):
         self._counts = dict.fromkeys(found, 0)
         self._calls: dict[str, deque[FlowCall]] = {name: deque() for name in found}
 
-    def watch(self, name: str, layout: Layout) -> _Call:
+    def _watch(self, name: str, layout: Layout) -> _Call:
         """A call begins; it is listed when a backward reaches it."""
         call = FlowCall(name, self._counts[name])
         self._counts[name] += 1

@@ -109,7 +109,7 @@ class NonFinite(Watcher):
         """The first finding, or ``None``."""
         return self.findings[0] if self.findings else None
 
-    def watch(self, name: str, layout: Layout) -> _Call:
+    def _watch(self, name: str, layout: Layout) -> _Call:
         """A call begins."""
         self._counts[name] += 1
         return _Call(self, name, self._counts[name] - 1, self._backward)

@@ -113,7 +113,7 @@ class States(Watcher):
         self._counts = dict.fromkeys(found, 0)
         self._calls: dict[str, deque[list[LayerStates]]] = {name: deque(maxlen=keep) for name in found}
 
-    def watch(self, name: str, layout: Layout) -> _Call:
+    def _watch(self, name: str, layout: Layout) -> _Call:
         """A call begins."""
         layers: list[LayerStates] = []
         self._calls[name].append(layers)

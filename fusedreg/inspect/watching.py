@@ -39,7 +39,7 @@ class Watch(Protocol):
 
 
 class Watcher:
-    """A context manager that watches some modules' calls. Derived classes say what a call becomes: :meth:`watch`.
+    """A context manager that watches some modules' calls. Derived classes say what a call becomes: :meth:`_watch`.
 
     Args:
         modules: by name. What an ``nn.LSTM`` computes is computed once more after its call, step by step, to be seen.
@@ -49,7 +49,7 @@ class Watcher:
         self._modules = modules
         self._undo: list[Callable[[], None]] = []
 
-    def watch(self, name: str, layout: Layout) -> Watch:
+    def _watch(self, name: str, layout: Layout) -> Watch:
         """A call of the module of that name begins."""
         raise NotImplementedError
 
@@ -122,7 +122,7 @@ class _Recorders:
                 f"fusedreg.inspect: expected a plain call, got one under a torch.func transform, whose tensors mean "
                 f"nothing outside of it; {remedy}"
             )
-        return _Recording([watcher.watch(name, layout) for watcher, name in self.watchers])
+        return _Recording([watcher._watch(name, layout) for watcher, name in self.watchers])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a watched module is not watched."""
