@@ -200,7 +200,7 @@ def rare_events(rows: int, steps: int, rate: float, generator: torch.Generator) 
     The event is a bump in channel 0 that a bump in channel 1 follows, 5 to 15 steps later. Every other row has the
     same two bumps in the other order, or both in one channel, so that neither bump tells anything by itself.
     """
-    values = torch.randn(steps, rows, 3, generator=generator)
+    values = 0.3 * torch.randn(steps, rows, 3, generator=generator)
     labels = (torch.rand(rows, generator=generator) < rate).long()
     first = torch.randint(2, steps - 20, (rows,), generator=generator)
     gap = torch.randint(5, 16, (rows,), generator=generator)

@@ -108,6 +108,10 @@ class Experiment:
         if not any((one["part"], one["name"]) == (part, name) for one in self.variants):
             self.variants.append({"part": part, "name": name, "options": options, "parameters": parameters})
 
+    def restart_clock(self) -> None:
+        """The next run's time starts now: what was done since the last one is no part of it."""
+        self._last = time.perf_counter()
+
     def add(
         self,
         part: str,
