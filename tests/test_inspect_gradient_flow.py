@@ -341,6 +341,26 @@ class TestRefusals:
         torch._dynamo.reset()
 
 
+def test_norms_maps_and_histograms() -> None:
+    """From their definitions, of rows of different length."""
+    lengths = [4, 5, 2]
+    with GradientFlow(lstm := module()) as flow:
+        lstm(batch(), lengths=lengths)[0].square().sum().backward()
+    layer, cell_map, cells = flow.layers[0], flow.maps()[1], flow.histograms()[1]
+    assert cell_map.name == cells.name == "l0 dcell"
+    for t in range(T):
+        rows = [b for b in range(B) if t < lengths[b]]
+        if not rows:
+            assert layer.norm_over_time("cell")[t].isnan() and cell_map.values[0, :, t].isnan().all()
+            continue
+        gradients = layer.cell[t, rows]
+        expected = sum(float(own.norm()) ** 2 for own in gradients) / len(rows)
+        assert layer.norm_over_time("cell")[t].item() == pytest.approx(expected**0.5)
+        torch.testing.assert_close(cell_map.values[0, :, t], gradients.square().mean(0).sqrt())
+    assert cells.counts.sum() == sum(lengths) * H
+    torch.testing.assert_close(layer.norms("cell"), layer.cell.norm(dim=-1))
+
+
 class TestMarks:
     def test_where_it_vanishes(self) -> None:
         """Forget gates shut, no way back through W_hh: of a loss on the last step nothing reaches the one before."""

@@ -74,6 +74,16 @@ def test_nn_lstm(proj_size: int, training: bool) -> None:
     assert not lstm._forward_hooks
 
 
+def test_nn_lstm_packed() -> None:
+    torch.manual_seed(0)
+    lstm, lengths = nn.LSTM(I, H, bidirectional=True).double(), torch.tensor([4, T, 2])
+    with States(lstm) as states:
+        output, (_, c_n) = lstm(pack_padded_sequence(batch(), lengths, enforce_sorted=False))
+    both = torch.cat([layer["hidden"].data for layer in states.layers], -1)
+    torch.testing.assert_close(both, output.data)
+    torch.testing.assert_close(pad_packed_sequence(states.layers[1]["cell"])[0][0], c_n[1])
+
+
 def test_nn_lstm_with_masks_that_nobody_knows() -> None:
     lstm = nn.LSTM(I, H, 2, dropout=0.5)
     with States(lstm), pytest.raises(RuntimeError, match=r"got dropout=0.5 in training.*replace_lstms"):
@@ -114,6 +124,22 @@ def test_the_compiled_backend_is_not_touched() -> None:
         output.sum().backward()
         made.append([output, lstm.weight_hh_l0.grad])
     assert all(torch.equal(*both) for both in zip(*made, strict=True))
+
+
+def test_maps_and_histograms() -> None:
+    lengths = [4, T, 2]
+    with States(lstm := module()) as states:
+        lstm(batch(), lengths=lengths)
+    (layer,) = states.layers
+    gates, hidden, _ = states.maps()
+    for t, rows in ((1, [0, 1, 2]), (3, [0, 1]), (5, [1])):
+        torch.testing.assert_close(gates.values[2, :, t], layer["g"][t, rows].mean(0))
+        torch.testing.assert_close(hidden.values[0, :, t], layer["hidden"][t, rows].mean(0))
+    of_gates, of_hidden, of_cells = states.histograms(bins=5)
+    assert of_gates.counts.sum(1).tolist() == [sum(lengths) * H] * 4
+    assert of_hidden.edges[-1] == layer.values("hidden").max() and of_cells.edges[0] == layer.values("cell").min()
+    row = next(own for own in states.rows() if own["name"] == "f" and own["step"] == 3)
+    assert row["mean"] == pytest.approx(layer["f"][3, :2].mean().item())
 
 
 def test_no_call() -> None:

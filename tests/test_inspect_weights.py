@@ -80,6 +80,19 @@ def test_parametrised_and_shared_weights() -> None:
     assert labels == ["0.l0"] * 4
 
 
+def test_reading_changes_no_parametrisation() -> None:
+    """A spectral norm moves its power iteration on at each reading in training."""
+    lstm = parametrizations.spectral_norm(nn.LSTM(I, H), "weight_hh_l0")
+    before = {name: value.clone() for name, value in lstm.state_dict().items()}
+    tracker = WeightTracker(lstm)
+    with tracker.measure():
+        spectra(lstm)
+        weight_maps(lstm)
+    assert all(torch.equal(value, before[name]) for name, value in lstm.state_dict().items())
+    assert all(part.training for part in lstm.modules())
+    assert not any(tracker.steps[0].update.values())
+
+
 def test_a_weight_of_zero() -> None:
     lstm = module()
     lstm.bias_ih_l0.data.zero_()

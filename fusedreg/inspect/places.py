@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fusedreg.layer import LayerParameters
 from fusedreg.modules import LSTM
@@ -63,9 +64,21 @@ def places(model: nn.Module, skip: Iterable[str] = ()) -> Iterator[tuple[Place, 
 
 
 def layer_tensors(module: LSTM | nn.LSTM, place: Place) -> dict[str, Tensor]:
-    """The parameters of one layer and direction by field, as a call reads them: parametrised ones computed."""
+    """The parameters of one layer and direction by field, as a call reads them: parametrised ones computed.
+
+    In evaluation, for some parametrisations change what they keep whenever they are read in training.
+    """
     end = suffix(place.layer, place.direction)
-    own = {field: getattr(module, field + end, None) for field in LayerParameters._fields}
+    kept = getattr(module, "parametrizations", None) if is_parametrized(module) else None
+    parts = list(kept.modules()) if isinstance(kept, nn.Module) else []
+    modes = [part.training for part in parts]
+    for part in parts:
+        part.training = False
+    try:
+        own = {field: getattr(module, field + end, None) for field in LayerParameters._fields}
+    finally:
+        for part, training in zip(parts, modes, strict=True):
+            part.training = training
     return {field: value for field, value in own.items() if value is not None}
 
 
