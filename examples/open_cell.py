@@ -19,6 +19,7 @@ class OpenCellLSTM(nn.Module):
 
     ``norm`` is a :class:`fusedreg.BatchNorm` of all three terms with per-step running statistics, or ``None``.
     Parameters and running statistics live in ``self.lstm``, a :class:`fusedreg.LSTM` that is never called.
+    ``cells`` has every cell of the last call, for their gradients.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class OpenCellLSTM(nn.Module):
         super().__init__()
         self.lstm = fusedreg.LSTM(input_size, hidden_size, bias=bias, norm=norm)
         self.squash = squash
+        self.cells: list[Tensor] = []
 
     def _normalize(self, term: str, values: Tensor, step: int) -> Tensor:
         norm = self.lstm.regularization.norm
@@ -43,7 +45,7 @@ class OpenCellLSTM(nn.Module):
         lstm = self.lstm
         hidden = cell = input.new_zeros(input.shape[1], lstm.hidden_size)
         bias = lstm.bias_ih_l0 + lstm.bias_hh_l0 if lstm.bias else 0.0
-        outputs = []
+        outputs, self.cells = [], []
         terms = functional.linear(input, lstm.weight_ih_l0)
         norm = lstm.regularization.norm
         pooled = isinstance(norm, BatchNorm) and norm.input_statistics == "sequence"
@@ -59,4 +61,5 @@ class OpenCellLSTM(nn.Module):
             shown = self._normalize("cell", cell, step)
             hidden = o.sigmoid() * (shown.tanh() if self.squash else shown)
             outputs.append(hidden)
+            self.cells.append(cell)
         return torch.stack(outputs), (hidden.unsqueeze(0), cell.unsqueeze(0))

@@ -93,7 +93,7 @@ def search(
 def run(settings: harness.Settings) -> None:
     """The search, then the comparison."""
     utterances, tests = (to_device(part, settings.device) for part in data.japanese_vowels())
-    epochs, trials = settings.pick(60, 1), settings.pick(40, 3)
+    epochs, trials = settings.pick(40, 1), settings.pick(30, 3)
     constants = {"epochs": epochs, "trials": trials, "search_seeds": list(SEARCH_SEEDS), "space": SPACE}
     experiment = harness.Experiment(settings, COLUMNS, constants)
     with experiment.progress(epochs * (trials * len(SEARCH_SEEDS) + 3 * len(settings.seeds))) as bar:

@@ -242,7 +242,7 @@ def run(settings: harness.Settings) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     text = "Sequences of different length, and a rare event."
-    options = harness.parser("sequences", text, range(5)).parse_args(arguments)
+    options = harness.parser("sequences", text, range(3)).parse_args(arguments)
     return harness.main(lambda: run(harness.settings("sequences", options, arguments)))
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("rich", reason="the examples need rich: pip install rich")
 pytest.importorskip("matplotlib", reason="the examples' figures need matplotlib: pip install matplotlib")
 
 from benchmarks import shakespeare
-from examples import batch_norm, data, harness, language_models, mnist1d, rates, report, sequences
+from examples import batch_norm, data, gradient_flow, harness, language_models, mnist1d, rates, report, sequences
 from examples.open_cell import OpenCellLSTM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +63,7 @@ EXAMPLES: dict[str, tuple[Any, list[str], dict[str, int]]] = {
     ),
     "sequences": (sequences, ["sequences.json", "sequences-vowels.png"], {"vowels": 7, "rare event": 5}),
     "batch_norm": (batch_norm, ["batch_norm.json", "batch_norm-adding.png"], {"adding": 8, "copying": 8}),
+    "gradient_flow": (gradient_flow, ["gradient_flow.json", "gradient_flow.png"], {"adding": 8}),
     "rates": (rates, ["rates.json", "rates.png", "rates-search.png"], {"rates": 3}),
 }
 
@@ -258,6 +259,20 @@ def test_mnist1d_is_made_alike_everywhere() -> None:
     assert split.inputs.shape == (4000, 40) and split.test_inputs.shape == (1000, 40)
     # The package's own seed: everyone trains on the same rows.
     torch.testing.assert_close(split.inputs[0, :3], torch.tensor([-0.332006, -0.471910, -0.778697]), rtol=0, atol=1e-4)
+
+
+def test_the_loop_and_the_kernels_see_the_same_gradients_of_the_cells() -> None:
+    (problem,) = (one for one in batch_norm.PROBLEMS if one.name == "adding")
+    torch.manual_seed(0)
+    whole = batch_norm.Model(batch_norm.Variant(norm=True), problem)
+    loop = copy.deepcopy(whole)
+    lstm = whole.recurrent
+    assert isinstance(lstm, fusedreg.LSTM)
+    loop.recurrent = OpenCellLSTM(2, batch_norm.HIDDEN, bias=True, norm=lstm.regularization.norm, squash=True)
+    loop.recurrent.lstm.load_state_dict(lstm.state_dict())
+    found, expected = (torch.tensor(gradient_flow.cell_gradients(one, problem, "cpu")) for one in (loop, whole))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
+    assert gradient_flow.decades([1e-3, 0.1]) == pytest.approx(2.0) and math.isnan(gradient_flow.decades([0.0, 1.0]))
 
 
 def test_scores_of_a_rare_event() -> None:
