@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -204,6 +205,13 @@ def columns(problem: Problem) -> list[tuple[str, str, int]]:
     ]
 
 
+def draw(results: harness.Results, folder: Path) -> None:
+    """Figures from results alone."""
+    for problem in PROBLEMS:
+        path = folder / f"batch_norm-{problem.name.split(',')[0]}{'_same' if ',' in problem.name else ''}.png"
+        figures.curves(results, problem.name, "score", path, ("step", problem.heading[0]), log=problem.name == "adding")
+
+
 def run(settings: harness.Settings) -> None:
     """Both problems, all variants, all seeds."""
     steps, every = settings.pick(800, 20), settings.pick(40, 10)
@@ -242,9 +250,7 @@ def run(settings: harness.Settings) -> None:
             experiment.add(problem.name, variant.name, seed, metrics, {"score": curve})
             experiment.save()
     results = experiment.results()
-    for problem in PROBLEMS:
-        path = settings.folder / f"batch_norm-{problem.name}.png"
-        figures.curves(results, problem.name, "score", path, ("step", problem.heading[0]), log=problem.name == "adding")
+    draw(results, settings.folder)
     report.print_tables(results, experiment.console)
 
 

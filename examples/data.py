@@ -197,18 +197,17 @@ def copying(
 def rare_events(rows: int, steps: int, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Noise in which one row in ``1 / rate`` has an event: ``(T, rows, 3)`` and labels ``(rows,)``, 0 or 1.
 
-    The event is a bump in channel 0 that a bump in channel 1 follows, 5 to 15 steps later. Every other row has the
-    same two bumps in the other order, or both in one channel, so that neither bump tells anything by itself.
+    The event is a bump in channel 0 and another in channel 1, 5 to 15 steps later. Of the other rows a third has the
+    first alone, a third the second, and a third none: it takes both, and a memory of the first, to tell.
     """
-    values = 0.3 * torch.randn(steps, rows, 3, generator=generator)
+    values = 0.5 * torch.randn(steps, rows, 3, generator=generator)
     labels = (torch.rand(rows, generator=generator) < rate).long()
     first = torch.randint(2, steps - 20, (rows,), generator=generator)
     gap = torch.randint(5, 16, (rows,), generator=generator)
-    # The channels of both bumps: 0 then 1 is the event; 1 then 0, 0 twice and 1 twice are not.
-    kinds = torch.tensor([[1, 0], [0, 0], [1, 1]])[torch.randint(3, (rows,), generator=generator)]
-    channels = torch.where(labels.bool().unsqueeze(1), torch.tensor([0, 1]), kinds)
+    others = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])[torch.randint(3, (rows,), generator=generator)]
+    heights = torch.where(labels.bool().unsqueeze(1), torch.ones(2), others)
     every = torch.arange(rows)
-    for offset, height in ((-1, 1.5), (0, 3.0), (1, 1.5)):
-        for bump, place in enumerate((first, first + gap)):
-            values[place + offset, every, channels[:, bump]] += height
+    for offset, height in ((-1, 1.0), (0, 2.0), (1, 1.0)):
+        for channel, place in enumerate((first, first + gap)):
+            values[place + offset, every, channel] += height * heights[:, channel]
     return values, labels

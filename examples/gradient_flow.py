@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -54,6 +55,20 @@ def decades(norms: Sequence[float]) -> float:
     return math.log10(last / first)
 
 
+def draw(results: harness.Results, folder: Path) -> None:
+    """Figures from results alone."""
+    figure, panels = figures.pyplot().subplots(1, 2, figsize=(11.0, 4.2), sharey=True)
+    for panel, name in zip(panels, ("before", "after"), strict=True):
+        figures.draw_curves(panel, results, PART, name)
+        panel.set_yscale("log")
+        panel.set_xlabel("step $t$")
+        panel.set_title(f"{name} training")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(r"$\|\partial L/\partial c_t\|$, RMS over rows")
+    panels[1].legend(fontsize=7)
+    figures.finish(figure, folder / "gradient_flow.png")
+
+
 def run(settings: harness.Settings) -> None:
     """Every cell, before and after."""
     (problem,) = (one for one in PROBLEMS if one.name == PART)
@@ -78,16 +93,7 @@ def run(settings: harness.Settings) -> None:
             experiment.add(PART, variant.name, seed, metrics, flows)
             experiment.save()
     results = experiment.results()
-    figure, panels = figures.pyplot().subplots(1, 2, figsize=(11.0, 4.2), sharey=True)
-    for panel, name in zip(panels, ("before", "after"), strict=True):
-        figures.draw_curves(panel, results, PART, name)
-        panel.set_yscale("log")
-        panel.set_xlabel("step $t$")
-        panel.set_title(f"{name} training")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel(r"$\|\partial L/\partial c_t\|$, RMS over rows")
-    panels[1].legend(fontsize=7)
-    figures.finish(figure, settings.folder / "gradient_flow.png")
+    draw(results, settings.folder)
     report.print_tables(results, experiment.console)
 
 

@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -253,6 +254,14 @@ def void(result: object) -> None:
     """Drop a result: what is timed returns nothing."""
 
 
+def draw(results: harness.Results, folder: Path) -> None:
+    """Figures from results alone."""
+    ((part, columns),) = results["columns"].items()
+    name, metric = f"language_models_{part}", columns[0][1].removeprefix("test ")
+    figures.curves(results, part, "validation", folder / f"{name}.png", ("epoch", f"validation {metric}"))
+    figures.bars(results, part, "test", folder / f"{name}-test.png", f"test {metric}")
+
+
 def run(settings: harness.Settings, text: Text) -> None:
     """All variants of one text with all seeds."""
     *parts, symbols = text.load(settings)
@@ -284,9 +293,7 @@ def run(settings: harness.Settings, text: Text) -> None:
             experiment.add(text.name, variant.name, seed, metrics, curves)
             experiment.save(name)
     results = experiment.results()
-    label = f"validation {text.metric[0]}"
-    figures.curves(results, text.name, "validation", settings.folder / f"{name}.png", ("epoch", label))
-    figures.bars(results, text.name, "test", settings.folder / f"{name}-test.png", f"test {text.metric[0]}")
+    draw(results, settings.folder)
     report.print_tables(results, experiment.console)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,6 +94,11 @@ def train(
     return curve
 
 
+def draw(results: harness.Results, folder: Path) -> None:
+    """Figures from results alone."""
+    figures.curves(results, PART, "test accuracy", folder / "mnist1d.png", axes=("step", "test accuracy, %"))
+
+
 def run(settings: harness.Settings) -> None:
     """All variants with all seeds; results, figure and table."""
     split = data.Split(*(part.to(settings.device) for part in data.mnist1d()))
@@ -123,7 +129,7 @@ def run(settings: harness.Settings) -> None:
             experiment.add(PART, name, seed, metrics, {"test accuracy": curve})
             experiment.save()
     results = experiment.results()
-    figures.curves(results, PART, "test accuracy", settings.folder / "mnist1d.png", axes=("step", "test accuracy, %"))
+    draw(results, settings.folder)
     report.print_tables(results, experiment.console)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,13 @@ def search(
     return {name: round(value, 3) for name, value in study.best_params.items()}, curve
 
 
+def draw(results: harness.Results, folder: Path) -> None:
+    """Figures from results alone."""
+    figures.bars(results, PART, "nats", folder / "rates.png", "test loss, nats")
+    path = folder / "rates-search.png"
+    figures.curves(results, PART, "search", path, ("trial", "lowest validation loss, nats"))
+
+
 def run(settings: harness.Settings) -> None:
     """The search, then the comparison."""
     utterances, tests = (to_device(part, settings.device) for part in data.japanese_vowels())
@@ -110,9 +118,7 @@ def run(settings: harness.Settings) -> None:
                 experiment.add(PART, name, seed, metrics, {"search": curve} if name == "found" else {})
             experiment.save()
     results = experiment.results()
-    figures.bars(results, PART, "nats", settings.folder / "rates.png", "test loss, nats")
-    path = settings.folder / "rates-search.png"
-    figures.curves(results, PART, "search", path, ("trial", "lowest validation loss, nats"))
+    draw(results, settings.folder)
     report.print_tables(results, experiment.console)
 
 

@@ -5,9 +5,9 @@
 *Vowels*: which of nine speakers said it, from 7 to 29 steps of 12 channels, 270 utterances to learn from (Kudo et al.
 1999). ``lengths`` makes ``h_n`` the state at each row's own last step, and starts the backward direction there.
 
-*Rare event*: one row in a hundred has two bumps in the order that counts, all others in other orders. With 80 events to
-learn from: the loss as it is, weighted by the classes' frequencies, and weighted with an L2 penalty on the recurrent
-weights, on the other weights, and on both.
+*Rare event*: one row in a hundred has two bumps, all others one or none. With about 80 events to learn from: the loss
+as it is, weighted by the classes' frequencies, and weighted with an L2 penalty on the recurrent weights, on the other
+weights, and on both.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ UTTERANCES: Mapping[str, dict[str, Any]] = {
     "zoneout": {"zoneout_hidden": 0.1, "zoneout_cell": 0.1},
     "layer norm": {"norm": LayerNorm()},
 }
-EVENT_STEPS, EVENT_RATE, EVENT_HIDDEN, EVENT_BATCH = 50, 0.01, 32, 200
+EVENT_STEPS, EVENT_RATE, EVENT_HIDDEN, EVENT_BATCH = 30, 0.01, 24, 100
+FORGET_BIAS = 2.0
 PENALTIES: Mapping[str, tuple[bool, dict[str, float]]] = {
     "not weighted": (False, {}),
     "weighted": (True, {}),
@@ -192,6 +194,8 @@ def rare(experiment: harness.Experiment, bar: Callable[[str], None], epochs: int
     )
     torch.manual_seed(seed)
     model = SequenceClassifier(3, EVENT_HIDDEN, 1, {"bidirectional": False}).to(settings.device)
+    # From the default initialisation no gradient reaches the first bump, and none of these learns anything.
+    fusedreg.initialization.set_forget_bias(model.lstm, FORGET_BIAS)
     weighted, strengths = PENALTIES[name]
     penalty = f"`l2_penalty(lstm, {strengths})`" if strengths else "none"
     experiment.variant(RARE, name, penalty, model)
@@ -207,9 +211,16 @@ def rare(experiment: harness.Experiment, bar: Callable[[str], None], epochs: int
     experiment.add(RARE, name, seed, metrics, {"average precision": curve})
 
 
+def draw(results: harness.Results, folder: Path) -> None:
+    """Figures from results alone."""
+    figures.bars(results, VOWELS, "test", folder / "sequences-vowels.png", "test accuracy, %")
+    path = folder / "sequences-rare_event.png"
+    figures.curves(results, RARE, "average precision", path, ("epoch", "average precision on the test rows, %"))
+
+
 def run(settings: harness.Settings) -> None:
     """Both parts."""
-    epochs, event_epochs = settings.pick(60, 2), settings.pick(25, 1)
+    epochs, event_epochs = settings.pick(60, 2), settings.pick(8, 1)
     updates = math.ceil(settings.pick(8000, 400) / EVENT_BATCH) * event_epochs
     constants = {
         "hidden_size": HIDDEN,
@@ -221,6 +232,7 @@ def run(settings: harness.Settings) -> None:
         "event_hidden_size": EVENT_HIDDEN,
         "event_batch_size": EVENT_BATCH,
         "event_epochs": event_epochs,
+        "event_forget_bias": FORGET_BIAS,
     }
     utterances, tests = (to_device(part, settings.device) for part in data.japanese_vowels())
     experiment = harness.Experiment(settings, COLUMNS, constants)
@@ -233,9 +245,7 @@ def run(settings: harness.Settings) -> None:
                 rare(experiment, bar, event_epochs, name, seed)
             experiment.save()
     results = experiment.results()
-    figures.bars(results, VOWELS, "test", settings.folder / "sequences-vowels.png", "test accuracy, %")
-    path = settings.folder / "sequences-rare_event.png"
-    figures.curves(results, RARE, "average precision", path, ("epoch", "average precision on the test rows, %"))
+    draw(results, settings.folder)
     report.print_tables(results, experiment.console)
 
 
