@@ -401,10 +401,17 @@ class TestMarks:
         marks = flow.layers[0].marks("cell", vanishing=1.0, exploding=1.0, relative_to=middle)
         assert len(marks.vanishing) + len(marks.exploding) == T - 1 and marks.reference == middle
 
-    def test_what_is_not_finite_has_exploded(self) -> None:
+    @pytest.mark.parametrize("value", [float("inf"), float("nan")])
+    def test_what_is_not_finite_has_exploded(self, value: float) -> None:
         with GradientFlow(lstm := module()) as flow:
-            lstm(batch())[0][3].sum().mul(float("inf")).backward()
-        assert set(flow.layers[0].marks().exploding) >= {3}
+            (lstm(batch())[0][3].sum() * value).backward()
+        assert set(flow.layers[0].marks().exploding) >= {3} and 3 not in flow.layers[0].marks().vanishing
+
+    def test_what_no_gradient_reaches_has_vanished(self) -> None:
+        with GradientFlow(lstm := module(bidirectional=True)) as flow:
+            lstm(batch())[1][0][0].sum().backward()
+        marks = flow.layers[1].marks("cell")
+        assert marks.vanishing == tuple(range(T)) and marks.exploding == () and marks.reference == 0.0
 
     def test_the_reverse_direction_begins_at_the_front(self) -> None:
         with GradientFlow(lstm := module(bidirectional=True)) as flow:
