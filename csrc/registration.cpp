@@ -26,8 +26,6 @@ namespace {
 
 using stable::ArgumentReader;
 
-constexpr stable::Missing kMissing{};
-
 // Set in the child of a fork. torch's OpenMP threads do not survive one, and libgomp then waits for them for ever.
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
@@ -57,7 +55,7 @@ void run_kernel(const char* name, const Kernel& kernel) {
 }
 
 void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  stable::ForwardCall call(stack, stable::Place::Cpu, kMissing);
+  stable::ForwardCall call(stack, stable::Place::Cpu);
   if (call.layer.shapes.rows == 0) {
     call.results.zero();
   } else {
@@ -67,7 +65,7 @@ void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) 
 }
 
 void backward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  stable::BackwardCall call(stack, stable::Place::Cpu, kMissing);
+  stable::BackwardCall call(stack, stable::Place::Cpu);
   if (call.layer.shapes.rows == 0) {
     call.results.zero();
   } else {

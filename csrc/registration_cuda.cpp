@@ -31,9 +31,6 @@ using stable::Place;
 using stable::ScalarType;
 using stable::Tensor;
 
-constexpr stable::Missing kMissing{/*projection=*/true, /*grouped_seed=*/true, /*probes=*/true,
-                                   /*gradient_groups=*/true};
-
 #if defined(FUSEDREG_CUDA_EMULATION)
 constexpr Place kPlace = Place::Emulated;
 
@@ -73,21 +70,25 @@ std::shared_ptr<const cuda::Choice> choose(cuda::Direction direction, const stab
                                 limits.major,
                                 limits.minor,
                                 limits.shared_bytes_per_block,
+                                layer.input.get_device_index(),  // devices of one kind differ in clusters
                                 in.steps,
                                 in.rows,
                                 in.input_size,
                                 in.hidden_size,
+                                in.projected_size,
+                                in.weight_hr != nullptr,
                                 static_cast<int64_t>(in.dtype)};
   layer.add_options(key);
   return cache.find(key, [&] {
-    return cuda::choose(
-        direction, in, tf32, limits, asked,
-        forward ? &cuda::persistent_forward_largest_cluster : &cuda::persistent_backward_largest_cluster);
+    return cuda::choose(direction, in, tf32, limits, asked,
+                        forward ? &cuda::persistent_forward_clusters : &cuda::persistent_backward_clusters);
   });
 }
 
-cuda::DeviceArguments device_arguments(const stable::LayerArguments& layer) {
-  return {layer.seed_pointer(), layer.running_rows(), layer.running_input_rows()};
+cuda::DeviceArguments device_arguments(const stable::LayerArguments& layer, const LayerInputs& in) {
+  const int64_t rows_a_group = in.grouped_seed ? in.rows / in.groups : 0;
+  return {
+      {layer.seed_pointer(), static_cast<uint32_t>(rows_a_group)}, layer.running_rows(), layer.running_input_rows()};
 }
 
 // One block from torch's caching allocator: used on the caller's stream alone, so it may be given back at the end of
@@ -97,7 +98,7 @@ Tensor allocate_scratch(const Tensor& like, size_t bytes) {
 }
 
 void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  stable::ForwardCall call(stack, kPlace, kMissing);
+  stable::ForwardCall call(stack, kPlace);
   const CurrentDevice device(call.layer.input);
   if (call.layer.shapes.rows == 0) {
     call.results.zero();
@@ -105,14 +106,14 @@ void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) 
     const auto choice = choose(cuda::Direction::Forward, call.layer, call.params.in);
     Tensor scratch = allocate_scratch(call.layer.input, cuda::lstm_layer_forward_scratch(call.params, *choice));
     stable::LibraryProducts products(call.layer.input);
-    cuda::lstm_layer_forward(call.params, device_arguments(call.layer), *choice, scratch.mutable_data_ptr(), products,
-                             device.stream);
+    cuda::lstm_layer_forward(call.params, device_arguments(call.layer, call.params.in), *choice,
+                             scratch.mutable_data_ptr(), products, device.stream);
   }
   call.results.give(stack);
 }
 
 void backward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  stable::BackwardCall call(stack, kPlace, kMissing);
+  stable::BackwardCall call(stack, kPlace);
   const CurrentDevice device(call.layer.input);
   if (call.layer.shapes.rows == 0) {
     call.results.zero();
@@ -120,7 +121,7 @@ void backward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/)
     const auto choice = choose(cuda::Direction::Backward, call.layer, call.params.in);
     Tensor scratch = allocate_scratch(call.layer.input, cuda::lstm_layer_backward_scratch(call.params, *choice));
     stable::LibraryProducts products(call.layer.input);
-    cuda::lstm_layer_backward(call.params, call.second_grad_bias, device_arguments(call.layer), *choice,
+    cuda::lstm_layer_backward(call.params, call.second_grad_bias, device_arguments(call.layer, call.params.in), *choice,
                               scratch.mutable_data_ptr(), products, device.stream);
   }
   call.results.give(stack);
@@ -158,13 +159,19 @@ void set_schedule(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*result
 void plan_on_device(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
   const stable::PlanQuery query("fusedreg::_cuda_plan_on_device", stack);
   stack[0] = torch::stable::detail::from(cuda::explain_choice(query.in, query.tf32_allowed, query.limits,
-                                                              &cuda::persistent_forward_largest_cluster,
-                                                              &cuda::persistent_backward_largest_cluster));
+                                                              &cuda::persistent_forward_clusters,
+                                                              &cuda::persistent_backward_clusters));
 }
 
 // The version that this file was built from, for fusedreg/backends/cuda.py to compare with the Python files'.
 void cuda_version(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
   stack[0] = torch::stable::detail::from(std::string(FUSEDREG_VERSION));
+}
+
+// What the driver can run and what this file was built with, for fusedreg/backends/cuda.py to compare.
+void cuda_versions(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  const cuda::CudaVersions versions = cuda::cuda_versions();
+  stack[0] = torch::stable::detail::from(std::vector<int64_t>{versions.driver, versions.runtime});
 }
 
 #endif
@@ -198,6 +205,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedreg_emulated, CompositeExplicitAutograd, library)
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedreg, library) {
   library.def("_set_cuda_tier(str name) -> bool");
   library.def("_cuda_version() -> str");
+  library.def("_cuda_versions() -> int[]");
   library.def((std::string("_cuda_plan_on_device") + fusedreg::stable::kPlanArguments).c_str());
 }
 
@@ -209,6 +217,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedreg, CUDA, library) {
 STABLE_TORCH_LIBRARY_IMPL(fusedreg, CompositeExplicitAutograd, library) {
   library.impl("_set_cuda_tier", &fusedreg::set_tier);
   library.impl("_cuda_version", &fusedreg::cuda_version);
+  library.impl("_cuda_versions", &fusedreg::cuda_versions);
   library.impl("_cuda_plan_on_device", &fusedreg::plan_on_device);
 }
 

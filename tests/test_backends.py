@@ -82,11 +82,12 @@ def test_what_has_no_kernel_goes_to_the_reference_with_one_warning(state: Any) -
 
 @pytest.mark.parametrize("options", [{"proj_size": 3}, {"probes": True}])
 def test_projections_and_probes_have_kernels(state: Any, options: dict[str, Any]) -> None:
-    state(cpu=Availability(True), triton=Availability(True))
+    state(cpu=Availability(True), cuda=Availability(True), triton=Availability(True))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert resolve("auto", CPU, torch.float32, **options) == "cpu"
-        assert resolve("auto", GPU, torch.float32, **options) in ("cuda", "triton")
+        assert resolve("auto", GPU, torch.float32, **options) == "cuda"
+        assert resolve("triton", GPU, torch.float32, **options) == "triton"
 
 
 def test_other_devices_raise() -> None:
@@ -154,6 +155,10 @@ def test_why_the_cuda_extension_is_not_loaded(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(torch.ops.fusedreg, "_cuda_version", lambda: "0.0.0", raising=False)
     assert "is of version 0.0.0" in reason()
     monkeypatch.setattr(torch.ops.fusedreg, "_cuda_version", lambda: fusedreg.__version__)
+    monkeypatch.setattr(torch.ops.fusedreg, "_cuda_versions", lambda: [12090, 13000], raising=False)
+    assert "driver runs CUDA up to 12.9, and the compiled extension" in reason()
+    assert "with CUDA 13.0; update the driver, or build with nvcc of CUDA 12: " in reason()
+    monkeypatch.setattr(torch.ops.fusedreg, "_cuda_versions", lambda: [13000, 13020])  # minor versions do not matter
     assert cuda._load(tmp_path / "_cuda.abi3.so")
 
 
@@ -199,11 +204,11 @@ def test_the_plan_of_the_cuda_tiers() -> None:
         assert "forward: step" in text and "backward: step" in text
     call = torch.ops.fusedreg._cuda_plan
     with pytest.raises(RuntimeError, match="sizes: expected numbers above 0, got 0"):
-        call([1, 1, 1, 0], 0, [0.0] * 9, [0] * 15, False, list(H200))
-    with pytest.raises(RuntimeError, match="expected 4 sizes, a dtype from 0 to 3"):
-        call([1, 1, 1, 1], 7, [0.0] * 9, [0] * 15, False, list(H200))
+        call([1, 1, 1, 0, 1], 0, [0.0] * 9, [0] * 15, False, list(H200))
+    with pytest.raises(RuntimeError, match="expected 5 sizes, a dtype from 0 to 3"):
+        call([1, 1, 1, 1, 1], 7, [0.0] * 9, [0] * 15, False, list(H200))
     with pytest.raises(RuntimeError, match="expected 9 rates and 15 options, got 1 and 15"):
-        call([1, 1, 1, 1], 0, [0.0], [0] * 15, False, list(H200))
+        call([1, 1, 1, 1, 1], 0, [0.0], [0] * 15, False, list(H200))
 
 
 @compiled

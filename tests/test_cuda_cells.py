@@ -123,7 +123,8 @@ def _drawn(cells: ctypes.CDLL, options: LayerOptions, seed: Tensor, shape: tuple
     of_rates, of_flags = torch.tensor(rates, dtype=torch.float64), torch.tensor(flags)
     of_steps = torch.empty(5, *shape, dtype=torch.float64)
     of_hidden = torch.empty(4, *shape[1:], dtype=torch.float64)
-    given = [_address(of_rates), _address(of_flags), _address(seed), *map(ctypes.c_int64, shape)]
+    rows_a_group = shape[1] // seed.shape[0] if seed.dim() == 2 else 0
+    given = [_address(of_rates), _address(of_flags), _address(seed), *map(ctypes.c_int64, (rows_a_group, *shape))]
     cells.draw_masks(*given, _address(of_steps), _address(of_hidden))
     return [*of_steps, of_hidden]
 
@@ -134,10 +135,13 @@ def _inverted(dropped: Tensor | None, rate: float, shape: tuple[int, ...]) -> Te
     return ((~dropped).double() * (1.0 / (1.0 - rate))).expand(shape)
 
 
+GROUPED = [[0x0123456789ABCDEF, 0], [-1, 3], [5, 2**31]]
+
+
 @pytest.mark.parametrize("options", MASKS)
-@pytest.mark.parametrize("seed", [0, -1, 0x0123456789ABCDEF])
-def test_masks_are_those_of_the_counter(cells: ctypes.CDLL, options: LayerOptions, seed: int) -> None:
-    shape = steps, rows, hidden = 5, 3, 37
+@pytest.mark.parametrize("seed", [0, -1, 0x0123456789ABCDEF, GROUPED[1:2], GROUPED], ids=str)
+def test_masks_are_those_of_the_counter(cells: ctypes.CDLL, options: LayerOptions, seed: int | list[list[int]]) -> None:
+    shape = steps, rows, hidden = 5, 6, 37
     of_seed = torch.tensor(seed)
     update, cell, zone_hidden, zone_cell, output, of_hidden = _drawn(cells, options, of_seed, shape)
     sizes = {"steps": steps, "rows": rows, "input_size": 2, "hidden_size": hidden, "output_size": hidden}

@@ -13,6 +13,7 @@ from helpers import compiled
 from fusedreg import BatchNorm, LayerNorm, Regularization
 from fusedreg.backends import cuda
 from fusedreg.backends.cuda import DeviceLimits
+from fusedreg.testing import assert_within_budget, one_thread
 from fusedreg.testing.cases import LayerCase
 from fusedreg.testing.cases import make_arguments as arguments_of
 
@@ -33,6 +34,7 @@ def reasons(
     rows: int,
     hidden_size: int,
     regularization: Regularization | None = None,
+    proj_size: int = 0,
 ) -> list[str]:
     """Why the forward and the backward get their tiers."""
     text = cuda.plan(
@@ -43,6 +45,7 @@ def reasons(
         input_size=8,
         hidden_size=hidden_size,
         regularization=regularization or Regularization(),
+        proj_size=proj_size,
     )
     forward, backward = text.splitlines()
     return [forward.removeprefix("forward: "), backward.removeprefix("backward: ")]
@@ -90,7 +93,14 @@ def test_what_is_chosen_fits_the_device(seed: int) -> None:
     [
         (H200, torch.bfloat16, 16, 256, "cluster: 8 blocks of 32 units", "(grid: "),
         (H200, torch.bfloat16, 16, 768, "grid: ", "a cluster has at most 16"),
-        (H200, torch.bfloat16, 16, 512, "grid: ", "needs a cluster of 16 blocks, and the device's largest has 8"),
+        (
+            H200,
+            torch.bfloat16,
+            16,
+            512,
+            "grid: ",
+            "needs a cluster of 16 blocks, and the device is not known to hold one",
+        ),
         (A100, torch.float16, 16, 256, "grid: ", "clusters need compute capability 9.0, and the device has 8.0"),
         (H200, torch.bfloat16, 16, 5000, "step: ", "units, and there are 132 multiprocessors"),
         (LAPTOP, torch.bfloat16, 64, 300, "grid: ", "clusters need compute capability 9.0"),
@@ -103,6 +113,37 @@ def test_the_reason_says_why(
 ) -> None:
     for reason in reasons(limits, dtype, rows, hidden_size):
         assert reason.startswith(start) and part in reason, reason
+
+
+@compiled
+def test_a_projection_is_the_step_tiers() -> None:
+    for reason in reasons(H200, torch.bfloat16, 16, 256, proj_size=64):
+        assert reason == "step: a projection (H = 256 to P = 64) has no kernel but that of this tier"
+
+
+SLICE = DeviceLimits(4, 227 * 1024, 9, 0)  # of a device that has clusters
+
+
+@compiled
+def test_a_slice_of_a_device_has_fewer_clusters() -> None:
+    """Where no cluster of a layer's blocks is resident, another tier is taken."""
+    for reason in reasons(SLICE, torch.bfloat16, 2, 128):
+        assert reason.startswith("cluster: 4 blocks of 32 units"), reason
+    for reason in reasons(SLICE, torch.bfloat16, 2, 160):
+        assert reason.startswith("step: no cluster, since H = 160 needs a cluster of 5 blocks"), reason
+
+
+@emulated
+@pytest.mark.parametrize("hidden_size", [40, 128, 160])
+def test_a_slice_of_a_device_runs_what_is_chosen_for_it(hidden_size: int) -> None:
+    """The emulated device holds as many clusters as it has multiprocessors for, and refuses others at launch."""
+    case = LayerCase("slice", steps=2, rows=2, hidden_size=hidden_size)
+    with use("auto", SLICE), one_thread():
+        assert_within_budget(lstm_layer, case, seeds=1)
+    if hidden_size > 128:
+        given = arguments_of(case, 0)
+        with use("cluster", SLICE), pytest.raises(RuntimeError, match="cluster of 5 blocks, and the device holds none"):
+            lstm_layer(*given[:4], case.options)
 
 
 @compiled
@@ -124,6 +165,7 @@ def test_rows_are_shared_out_where_multiprocessors_are_left() -> None:
         ("grid", (3, 227 * 1024, 9, 0), torch.float32, 64, "needs 4 blocks of 16 units, and there are 3 multiproc"),
         ("grid", (16, 20 * 1024, 9, 0), torch.float32, 16, "do not fit the 20 KB of shared memory of a block"),
         ("grid", DEVICE, torch.float64, 8, "float64 has no kernel but that of the step tier"),
+        ("cluster", (16, 227 * 1024, 9, 0), torch.bfloat16, 520, "needs 17 blocks of 32 units, and a cluster has at"),
     ],
 )
 def test_a_tier_that_is_asked_for_runs_or_says_why_not(

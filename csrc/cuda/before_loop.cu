@@ -4,6 +4,7 @@
 #include "element_types.h"
 #include "elementwise.h"
 #include "masks.cuh"
+#include "row_groups.h"
 
 namespace fusedreg::cuda {
 namespace {
@@ -15,14 +16,15 @@ constexpr int64_t kLargestGridY = 32768;
 
 template <class Storage>
 struct WeightParams {
-  const int64_t* seed;
+  MaskSeed seed;
   uint32_t layer_direction;
   MaskSite<ComputeOf<Storage>> site;
   bool by_row;
   ComputeOf<Storage> scale;
   const void* from;
   Storage* to;
-  int64_t rows, columns;
+  int64_t rows, columns;  // of all groups together
+  int64_t weight_rows;    // of one of them
 };
 
 // A thread has four columns of one row: one call of the generator.
@@ -34,7 +36,9 @@ FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads,
   const int64_t row = at / quads, quad = at % quads;
   PhiloxWords<uint32_t> words{};
   if (params.site.threshold > 0) {
-    words = words_of(mask_key(params.seed, params.layer_direction), params.by_row ? 0 : quad, row, kWeightFamily);
+    MaskKey key = mask_key(params.seed, params.layer_direction);
+    key.row = static_cast<uint32_t>(row % params.weight_rows);
+    words = words_of(key, params.by_row ? 0 : quad, kWeightFamily);
   }
   for (int64_t k = 0; k < 4 && quad * 4 + k < params.columns; ++k) {
     const int64_t element = row * params.columns + quad * 4 + k;
@@ -63,9 +67,10 @@ FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads,
 template <class Storage>
 struct InputParams {
   LayerInputs in;
-  const int64_t* seed;
+  MaskSeed seed;
   MaskSite<ComputeOf<Storage>> site;
   int gate;
+  int64_t groups;
   int64_t steps_a_thread;
   const ComputeOf<Storage>* grad;  // on the way back
   ComputeOf<Storage>* sum;
@@ -73,9 +78,9 @@ struct InputParams {
 
   FUSEDREG_DEVICE ComputeOf<Storage> mask(int64_t b, int64_t feature) const {
     if (site.threshold == 0) return site.kept;
-    const MaskKey key = mask_key(seed, static_cast<uint32_t>(in.options.layer) * 2u + (in.options.reverse ? 1u : 0u));
+    const MaskKey key = key_of_row(seed, mask_key(seed, layer_direction(in)), b);
     const bool untied = in.options.untied_masks;
-    const auto words = words_of(key, feature, b, untied ? kUntiedInputFamily : kInputFamily);
+    const auto words = words_of(key, feature, untied ? kUntiedInputFamily : kInputFamily);
     return mask_of(site, chosen_word(words, untied ? gate : 0));
   }
 };
@@ -89,10 +94,12 @@ FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads,
   const int64_t b = at / in.input_size, feature = at % in.input_size, length = row_length(in, b);
   const auto mask = params.mask(b, feature);
   const Storage* from = static_cast<const Storage*>(in.input) + b * in.input_row_stride + feature;
+  const GroupedRow place = grouped_row(in, params.groups, b);
   const int64_t first = block_index_y() * params.steps_a_thread;
   for (int64_t t = first; t < first + params.steps_a_thread && t < in.steps; ++t) {
-    params.to[t * row_elements + at] = t < length ? narrow<Storage>(widen(from[t * in.input_step_stride]) * mask)
-                                                  : narrow<Storage>(ComputeOf<Storage>(0));
+    params.to[place.at(t) * in.input_size + feature] =
+        t < length ? narrow<Storage>(widen(from[t * in.input_step_stride]) * mask)
+                   : narrow<Storage>(ComputeOf<Storage>(0));
   }
 }
 
@@ -117,7 +124,7 @@ FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads, 1) void mask_input_gradi
 }
 
 template <class Storage>
-InputParams<Storage> input_params(const LayerInputs& in, const int64_t* seed, int gate) {
+InputParams<Storage> input_params(const LayerInputs& in, const MaskSeed& seed, int gate) {
   InputParams<Storage> params{};
   params.in = in;
   params.seed = seed;
@@ -154,18 +161,19 @@ FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kElementThreads,
 }
 
 template <class Storage, class From>
-void run_mask_weight(const LayerInputs& in, const int64_t* seed, const void* from, double scale, void* to,
-                     void* stream) {
+void run_mask_weight(const LayerInputs& in, const MaskSeed& seed, const void* from, double scale, int64_t groups,
+                     void* to, void* stream) {
   WeightParams<Storage> params{};
   params.seed = seed;
-  params.layer_direction = static_cast<uint32_t>(in.options.layer) * 2u + (in.options.reverse ? 1u : 0u);
+  params.layer_direction = layer_direction(in);
   params.site = unscaled_site<ComputeOf<Storage>>(in.rates.weight_dropout, in.options.training);
   params.by_row = in.options.weight_mask_row;
   params.scale = static_cast<ComputeOf<Storage>>(scale);
   params.from = from;
   params.to = static_cast<Storage*>(to);
-  params.rows = 4 * in.hidden_size;
-  params.columns = in.hidden_size;
+  params.weight_rows = 4 * in.hidden_size;
+  params.rows = groups * params.weight_rows;
+  params.columns = in.projected_size;
   launch<mask_weight_kernel<Storage, From>>(element_launch(params.rows * pieces(params.columns, 4), stream), params);
 }
 
@@ -173,18 +181,18 @@ void run_mask_weight(const LayerInputs& in, const int64_t* seed, const void* fro
 
 bool drops_weight(const LayerInputs& in) { return in.options.training && in.rates.weight_dropout > 0; }
 
-void mask_weight(const LayerInputs& in, const int64_t* seed, void* to, void* stream) {
+void mask_weight(const LayerInputs& in, const MaskSeed& seed, void* to, void* stream) {
   with_storage(in.dtype, [&](auto storage) {
     using Storage = decltype(storage);
-    run_mask_weight<Storage, Storage>(in, seed, in.weight_hh, 1, to, stream);
+    run_mask_weight<Storage, Storage>(in, seed, in.weight_hh, 1, 1, to, stream);
   });
 }
 
-void mask_weight_gradient(const LayerInputs& in, const int64_t* seed, const void* grad, double scale, void* to,
-                          void* stream) {
+void mask_weight_gradient(const LayerInputs& in, const MaskSeed& seed, const void* grad, double scale, int64_t groups,
+                          void* to, void* stream) {
   with_storage(in.dtype, [&](auto storage) {
     using Storage = decltype(storage);
-    run_mask_weight<Storage, ComputeOf<Storage>>(in, seed, grad, scale, to, stream);
+    run_mask_weight<Storage, ComputeOf<Storage>>(in, seed, grad, scale, groups, to, stream);
   });
 }
 
@@ -204,17 +212,18 @@ double input_scale(const LayerInputs& in) {
 
 bool drops_inputs(const LayerInputs& in) { return in.options.training && in.rates.input_dropout > 0; }
 
-void gather_inputs(const LayerInputs& in, const int64_t* seed, int gate, void* to, void* stream) {
+void gather_inputs(const LayerInputs& in, const MaskSeed& seed, int gate, int64_t groups, void* to, void* stream) {
   with_storage(in.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     InputParams<Storage> params = input_params<Storage>(in, seed, gate);
     if (is_narrow(in.dtype)) params.site.kept = 1;
+    params.groups = groups;
     params.to = static_cast<Storage*>(to);
     launch<gather_inputs_kernel<Storage>>(input_launch(params, stream), params);
   });
 }
 
-void mask_input_gradient(const LayerInputs& in, const int64_t* seed, int gate, const void* grad, void* sum, void* to,
+void mask_input_gradient(const LayerInputs& in, const MaskSeed& seed, int gate, const void* grad, void* sum, void* to,
                          void* stream) {
   with_storage(in.dtype, [&](auto storage) {
     using Storage = decltype(storage);

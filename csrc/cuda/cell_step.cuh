@@ -1,7 +1,10 @@
 // One cell at one step, forward and backward: what every tier does with it between its recurrent product and the next.
 //
 //   forward:  z -> begin_cell -> candidate -> [N_c] -> finish_cell -> h, c, y -> published_hidden for the next product
-//   backward: gates -> enter_cell -> [N_c's argument] -> leave_output -> [through N_c] -> leave_cell -> dz, dc, dh
+//   backward: gates -> enter_hidden, enter_cell -> [N_c's argument] -> leave_output -> [through N_c] -> leave_cell
+//             -> dz, dc, dh
+//
+// A projection stands between the two halves of h, each way: o tanh(N_c(candidate)) -> finish_hidden.
 //
 // Values are of the compute type. Nothing here knows which thread owns which cell.
 #pragma once
@@ -53,6 +56,23 @@ FUSEDREG_DEVICE CellEntry<Compute> begin_cell(const Compute (&z)[4], Compute pre
 }
 
 template <class Compute>
+struct HiddenExit {
+  Compute hidden;  // carried, rounded to storage
+  Compute output;  // y, not yet rounded
+};
+
+// h and y from the candidate: o tanh(N_c(candidate)), or what a projection has made of it. `previous_hidden` is 0 where
+// the step begins from zero.
+template <class Storage, class Compute = ComputeOf<Storage>>
+FUSEDREG_DEVICE HiddenExit<Compute> finish_hidden(const Options& options, const StepMasks<Compute>& masks,
+                                                  Compute previous_hidden, Compute candidate) {
+  HiddenExit<Compute> exit;
+  exit.hidden = rounded_to<Storage>(zoned_by_selection(masks.zone_hidden, previous_hidden, candidate));
+  exit.output = (options.zoneout_candidate ? candidate : exit.hidden) * masks.output;
+  return exit;
+}
+
+template <class Compute>
 struct CellExit {
   Compute hidden;  // carried, rounded to storage
   Compute cell;    // carried
@@ -65,12 +85,9 @@ template <class Storage, class Compute = ComputeOf<Storage>>
 FUSEDREG_DEVICE CellExit<Compute> finish_cell(const Options& options, const StepMasks<Compute>& masks,
                                               Compute output_gate, Compute previous_cell, Compute previous_hidden,
                                               Compute candidate, Compute normalised) {
-  const Compute hidden_candidate = output_gate * tanh(normalised);
-  CellExit<Compute> exit;
-  exit.cell = zoned_by_selection(masks.zone_cell, previous_cell, candidate);
-  exit.hidden = rounded_to<Storage>(zoned_by_selection(masks.zone_hidden, previous_hidden, hidden_candidate));
-  exit.output = (options.zoneout_candidate ? hidden_candidate : exit.hidden) * masks.output;
-  return exit;
+  const HiddenExit<Compute> hidden =
+      finish_hidden<Storage>(options, masks, previous_hidden, output_gate * tanh(normalised));
+  return {hidden.hidden, zoned_by_selection(masks.zone_cell, previous_cell, candidate), hidden.output};
 }
 
 // h as the next step's product reads it: through one hidden mask (zeros and ones: LoopMasks::recurrent_scale is for the
@@ -80,12 +97,20 @@ FUSEDREG_DEVICE Storage published_hidden(Compute hidden, Compute hidden_mask, bo
   return narrow<Storage>(next_begins_from_zero ? Compute(0) : hidden * hidden_mask);
 }
 
-// The results of one cell. `at` is (t * B + b) * H + unit.
+// The results of one cell. `at` is (t * B + b) * H + unit, of h and y with P for H.
+template <class Storage, class Compute = ComputeOf<Storage>>
+FUSEDREG_DEVICE void write_hidden(const LayerOutputs& out, int64_t at, Compute hidden, Compute output) {
+  if (out.output != nullptr) static_cast<Storage*>(out.output)[at] = narrow<Storage>(output);
+  if (out.hidden != nullptr) static_cast<Storage*>(out.hidden)[at] = narrow<Storage>(hidden);
+}
+template <class Compute>
+FUSEDREG_DEVICE void write_cell(const LayerOutputs& out, int64_t at, Compute cell) {
+  if (out.cells != nullptr) static_cast<Compute*>(out.cells)[at] = cell;
+}
 template <class Storage, class Compute = ComputeOf<Storage>>
 FUSEDREG_DEVICE void write_states(const LayerOutputs& out, int64_t at, const CellExit<Compute>& exit) {
-  if (out.output != nullptr) static_cast<Storage*>(out.output)[at] = narrow<Storage>(exit.output);
-  if (out.hidden != nullptr) static_cast<Storage*>(out.hidden)[at] = narrow<Storage>(exit.hidden);
-  if (out.cells != nullptr) static_cast<Compute*>(out.cells)[at] = exit.cell;
+  write_hidden<Storage>(out, at, exit.hidden, exit.output);
+  write_cell(out, at, exit.cell);
 }
 
 // Gates after their activations, in their kept form: what is saved without a norm. `row` is t * B + b.
@@ -143,23 +168,37 @@ struct CellTrace {
   Compute grad_previous_hidden;  // zoneout's part; the rest is the product da W_hh
 };
 
-// From what reaches y, h_s and c_s, through zoneout, to the edge of N_c. A row in padding does not come here: its
-// gradients pass by. `previous_cell` is 0 where the step begins from zero.
+// What reaches the carried h_s, which is the gradient of its probe: where y is h_s, by way of y too.
 template <class Compute>
-FUSEDREG_DEVICE CellTrace<Compute> enter_cell(const Options& options, const StepMasks<Compute>& masks,
-                                              const Gates<Compute>& gates, Compute previous_cell,
-                                              const CellIncoming<Compute>& incoming) {
+FUSEDREG_DEVICE Compute grad_of_carried(const Options& options, const StepMasks<Compute>& masks,
+                                        const CellIncoming<Compute>& incoming) {
+  return incoming.hidden + (options.zoneout_candidate ? Compute(0) : incoming.output * masks.output);
+}
+
+// Through zoneout to the candidate of h and to the h before.
+template <class Compute>
+FUSEDREG_DEVICE ZonedGradients<Compute> enter_hidden(const Options& options, const StepMasks<Compute>& masks,
+                                                     const CellIncoming<Compute>& incoming) {
+  ZonedGradients<Compute> hidden =
+      zoned_by_selection_backward(masks.zone_hidden, grad_of_carried(options, masks, incoming));
+  if (options.zoneout_candidate) hidden.candidate += incoming.output * masks.output;
+  return hidden;
+}
+
+// From what reaches h and c_s to the edge of N_c. A row in padding does not come here: its gradients pass by.
+// `previous_cell` is 0 where the step begins from zero.
+template <class Compute>
+FUSEDREG_DEVICE CellTrace<Compute> enter_cell(const StepMasks<Compute>& masks, const Gates<Compute>& gates,
+                                              Compute previous_cell, const ZonedGradients<Compute>& hidden,
+                                              Compute incoming_cell) {
   CellTrace<Compute> trace;
   trace.gates = gates;
   trace.previous_cell = previous_cell;
   trace.update = masks.update;
   trace.cell_mask = masks.cell;
   trace.candidate = candidate_cell(gates, previous_cell, masks.update, masks.cell);
-  const Compute output = incoming.output * masks.output;
-  const ZonedGradients<Compute> hidden = zoned_by_selection_backward(
-      masks.zone_hidden, incoming.hidden + (options.zoneout_candidate ? Compute(0) : output));
-  const ZonedGradients<Compute> cell = zoned_by_selection_backward(masks.zone_cell, incoming.cell);
-  trace.grad_hidden_candidate = hidden.candidate + (options.zoneout_candidate ? output : Compute(0));
+  const ZonedGradients<Compute> cell = zoned_by_selection_backward(masks.zone_cell, incoming_cell);
+  trace.grad_hidden_candidate = hidden.candidate;
   trace.grad_output_gate = 0;
   trace.grad_candidate = cell.candidate;
   trace.grad_previous_cell = cell.previous;
@@ -174,6 +213,13 @@ FUSEDREG_DEVICE Compute leave_output(CellTrace<Compute>& trace, Compute argument
   const Compute squashed = tanh(argument);
   trace.grad_output_gate = trace.grad_hidden_candidate * squashed;
   return trace.grad_hidden_candidate * trace.gates.o * (1 - squashed * squashed);
+}
+
+// What reaches the cell of this step wherever it is read, which is the gradient of its probe: the carried c_s, whose
+// gradient zoneout has split, and by tanh the candidate.
+template <class Compute>
+FUSEDREG_DEVICE Compute grad_of_cell(const CellTrace<Compute>& trace, Compute grad_through_output) {
+  return (trace.grad_candidate + trace.grad_previous_cell) + grad_through_output;
 }
 
 template <class Compute>

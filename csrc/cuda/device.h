@@ -75,10 +75,11 @@ void launch(const Launch& how, const Params& params) {
   launch_kernel(address_of_kernel<kernel, Params>(), __PRETTY_FUNCTION__, how, &copy);
 }
 
-// The largest cluster in which this kernel can run on the current device; 0 where it has no clusters.
+// How many clusters of so many blocks of this kernel the current device holds at a time; 0 where it cannot run them.
 template <auto kernel>
-int largest_cluster(int threads, size_t shared_bytes) {
-  return largest_cluster_of(reinterpret_cast<const void*>(kernel), __PRETTY_FUNCTION__, threads, shared_bytes);
+int resident_clusters(int threads, size_t shared_bytes, int cluster) {
+  return resident_clusters_of(reinterpret_cast<const void*>(kernel), __PRETTY_FUNCTION__, threads, shared_bytes,
+                              cluster);
 }
 
 }  // namespace fusedreg::cuda

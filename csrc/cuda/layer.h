@@ -2,6 +2,7 @@
 // are put on `stream`; nothing is allocated, nothing waits, and no value is read on the host.
 #pragma once
 
+#include "masks.cuh"
 #include "plan.h"
 #include "products.h"
 
@@ -9,7 +10,7 @@ namespace fusedreg::cuda {
 
 // What the structs of params.h do not say of tensors whose values are on the device.
 struct DeviceArguments {
-  const int64_t* seed = nullptr;   // 0-dimensional; null where nothing is drawn (LayerInputs::seed is unused)
+  MaskSeed seed;                   // LayerInputs::seeds is unused
   int64_t running_rows = 0;        // rows that all running statistics of recurrent terms and cell have
   int64_t running_input_rows = 0;  // the same of the input terms. Indices are clamped to [-1, rows - 1]
 };

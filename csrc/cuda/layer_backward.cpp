@@ -21,10 +21,11 @@ class Backward {
         compute_(compute_type(in_.dtype)),
         rows_(in_.steps * in_.rows),
         width_(4 * in_.hidden_size),
+        groups_(options_.gradient_groups > 1 ? options_.gradient_groups : 1),
         rebuilds_(options_.save == Save::Recompute),
         has_norm_(options_.norm != NormKind::None),
         normalises_terms_(options_.norm_input || options_.norm_recurrent),
-        inputs_(in_, rebuilds_ || params.grad_weight_ih != nullptr, /*padding_counts=*/true, scratch),
+        inputs_(in_, rebuilds_ || params.grad_weight_ih != nullptr, /*padding_counts=*/true, groups_, scratch),
         hidden_(in_, rebuilds_ || params.grad_weight_hh != nullptr, scratch) {
     const int64_t gates = rows_ * width_, states = rows_ * in_.hidden_size;
     const bool wants_input_terms = params.grad_input != nullptr || params.grad_weight_ih != nullptr;
@@ -46,8 +47,11 @@ class Backward {
     totals_ = scratch.take_if(pooled(), 2 * width_, compute_);
     const ColumnSums widest = gate_sums(nullptr);
     sums_ = scratch.take_bytes(column_sums_scratch(widest));
-    const int64_t longest_weight = in_.input_size > in_.hidden_size ? in_.input_size : in_.hidden_size;
-    wide_weight_ = scratch.take_if(is_narrow(in_.dtype), width_ * longest_weight, compute_);
+    const int64_t longest_weight = in_.input_size > in_.projected_size ? in_.input_size : in_.projected_size;
+    wide_weight_ = scratch.take_if(is_narrow(in_.dtype), groups_ * width_ * longest_weight, compute_);
+    grouped_ = scratch.take_if(regroups(), gates, in_.dtype);
+    grad_projected_ = scratch.take_if(params.grad_weight_hr != nullptr, rows_ * in_.projected_size, in_.dtype);
+    unprojected_ = scratch.take_if(params.grad_weight_hr != nullptr, states, in_.dtype);
     const bool masks_input = params.grad_input != nullptr && drops_inputs(in_);
     product_ = scratch.take_if(masks_input, rows_ * in_.input_size, compute_);
     product_sum_ = scratch.take_if(masks_input && unties_inputs(in_), rows_ * in_.input_size, compute_);
@@ -65,13 +69,18 @@ class Backward {
     sum_gates(second_grad_bias, caller);
     sum_cells(caller);
     input_terms_gradient(device, caller);
-    weight_gradients(caller);
+    recurrent_weight_gradient(caller);
+    input_weight_gradient(caller);
+    projection_gradient(caller);
     input_gradient(caller);
   }
 
  private:
   // Pooled statistics pass gradients back through sums over the whole sequence.
   bool pooled() const { return options_.norm_input && options_.norm_input_sequence && options_.training; }
+
+  // Rows of several groups lie in turn in each step.
+  bool regroups() const { return groups_ > 1 && in_.steps > 1; }
 
   InputNorm input_norm(const DeviceArguments& device) const {
     return {in_, device.running_input_rows, counts_, input_, params_.saved.input_statistics};
@@ -85,10 +94,10 @@ class Backward {
     if (rebuilds_) {
       multiply_terms(
           in_, in_.weight_ih, input_scale(in_), inputs_.copies(),
-          [&](int gate) { return inputs_.of_gate(gate, caller); }, input_, caller);
+          [&](int gate) { return inputs_.of_gate(gate, 1, caller); }, input_, caller);
       multiply_terms(
           in_, weight(), recurrent_scale(in_), hidden_.copies(),
-          [&](int gate) { return hidden_.of_gate(gate, params_.saved.hidden, caller); }, recurrent_, caller);
+          [&](int gate) { return hidden_.of_gate(gate, 1, params_.saved.hidden, caller); }, recurrent_, caller);
     }
     if (options_.norm_input) normalize_inputs_again(input_norm(device), terms_, caller.stream);
     sum_biases(in_, bias_, caller.stream);
@@ -112,6 +121,10 @@ class Backward {
     loop.cell_normalised = cell_normalised_;
     loop.grad_initial_hidden = params_.grad_initial_hidden;
     loop.grad_initial_cell = params_.grad_initial_cell;
+    loop.grad_hidden_probe = params_.grad_hidden_probe;
+    loop.grad_cell_probe = params_.grad_cell_probe;
+    loop.grad_projected = grad_projected_;
+    loop.unprojected = unprojected_;
     loop.scratch = loop_scratch_;
     loop.scratch_bytes = loop_scratch_bytes_;
     loop.stream = caller.stream;
@@ -128,6 +141,7 @@ class Backward {
     sums.in = in_;
     sums.counts = counts_;
     sums.columns = width_;
+    sums.groups = groups_;
     sums.values = normalises_terms_ ? grad_gates_ : grad_recurrent_;
     sums.narrow = !normalises_terms_;
     void* const shifts[] = {params_.grad_bias, second_grad_bias, params_.grad_norm_input_bias,
@@ -163,6 +177,7 @@ class Backward {
     ColumnSums sums;
     sums.in = in_;
     sums.columns = in_.hidden_size;
+    sums.groups = groups_;
     sums.values = grad_cell_normalised_;
     sums.factors[0].values = cell_normalised_;
     sums.results[0][0] = params_.grad_norm_cell_bias;
@@ -179,43 +194,63 @@ class Backward {
     }
   }
 
-  void weight_gradients(const Caller& caller) {
-    if (params_.grad_weight_hh != nullptr) {
-      weight_gradient(grad_recurrent_, in_.hidden_size, hidden_.copies(), params_.grad_weight_hh, caller,
-                      [&](int gate) { return hidden_.of_gate(gate, params_.saved.hidden, caller); });
-      if (drops_weight(in_)) {
-        const void* from = wide_weight_ != nullptr ? wide_weight_ : params_.grad_weight_hh;
-        mask_weight_gradient(in_, caller.seed, from, recurrent_scale(in_), params_.grad_weight_hh, caller.stream);
-      } else {
-        scale_weight(in_.hidden_size, recurrent_scale(in_), params_.grad_weight_hh, caller);
-      }
-    }
-    if (params_.grad_weight_ih != nullptr && in_.input_size > 0) {
-      weight_gradient(grad_input_terms_, in_.input_size, inputs_.copies(), params_.grad_weight_ih, caller,
-                      [&](int gate) { return inputs_.of_gate(gate, caller); });
-      scale_weight(in_.input_size, input_scale(in_), params_.grad_weight_ih, caller);
+  void recurrent_weight_gradient(const Caller& caller) {
+    if (params_.grad_weight_hh == nullptr) return;
+    weight_gradient(grad_recurrent_, in_.projected_size, hidden_.copies(), params_.grad_weight_hh, caller,
+                    [&](int gate) { return hidden_.of_gate(gate, groups_, params_.saved.hidden, caller); });
+    if (drops_weight(in_)) {
+      const void* from = wide_weight_ != nullptr ? wide_weight_ : params_.grad_weight_hh;
+      mask_weight_gradient(in_, caller.seed, from, recurrent_scale(in_), groups_, params_.grad_weight_hh,
+                           caller.stream);
+    } else {
+      scale_weight(width_ * in_.projected_size, recurrent_scale(in_), params_.grad_weight_hh, caller);
     }
   }
 
-  // gradᵀ source, (4H, columns), gate by gate where there are four sources. Sums over all steps leave a library in
-  // float32 even beside 16-bit factors: it may split them into several, and round each.
+  void input_weight_gradient(const Caller& caller) {
+    if (params_.grad_weight_ih == nullptr || in_.input_size == 0) return;
+    weight_gradient(grad_input_terms_, in_.input_size, inputs_.copies(), params_.grad_weight_ih, caller,
+                    [&](int gate) { return inputs_.of_gate(gate, groups_, caller); });
+    scale_weight(width_ * in_.input_size, input_scale(in_), params_.grad_weight_ih, caller);
+  }
+
+  // dW_hr = Σ dh̃ᵀ u
+  void projection_gradient(const Caller& caller) {
+    if (params_.grad_weight_hr == nullptr) return;
+    const int64_t elements = in_.projected_size * in_.hidden_size;
+    void* const to = wide_weight_ != nullptr ? wide_weight_ : params_.grad_weight_hr;
+    caller.products.multiply(
+        Matrix::contiguous(to, compute_, in_.projected_size, in_.hidden_size).repeated(groups_, elements),
+        grouped_rows(in_, grad_projected_, in_.projected_size, groups_).transposed(),
+        grouped_rows(in_, unprojected_, in_.hidden_size, groups_));
+    scale_weight(elements, 1, params_.grad_weight_hr, caller);
+  }
+
+  // gradᵀ source, (4H, columns), gate by gate where there are four sources, and as often as there are groups. Sums over
+  // all steps leave a library in float32 even beside 16-bit factors: it may split them into several, and round each.
   template <class SourceOf>
   void weight_gradient(const void* grad, int64_t columns, int copies, void* result, const Caller& caller,
                        const SourceOf& source_of) const {
     void* const to = wide_weight_ != nullptr ? wide_weight_ : result;
-    const int64_t part = width_ / copies;
+    if (regroups()) {
+      group_rows(in_, grad, width_, groups_, grouped_, caller.stream);
+      grad = grouped_;
+    }
+    const int64_t part = width_ / copies, rows = rows_ / groups_;
     for (int copy = 0; copy < copies; ++copy) {
-      const Matrix left =
-          Matrix::by_rows(offset(grad, copy * part, in_.dtype), in_.dtype, rows_, part, width_).transposed();
-      const Matrix product = Matrix::contiguous(offset(to, copy * part * columns, compute_), compute_, part, columns);
-      caller.products.multiply(product, left, source_of(copy));
+      const Matrix left = Matrix::by_rows(offset(grad, copy * part, in_.dtype), in_.dtype, rows, part, width_)
+                              .repeated(groups_, rows * width_);
+      const Matrix product = Matrix::contiguous(offset(to, copy * part * columns, compute_), compute_, part, columns)
+                                 .repeated(groups_, width_ * columns);
+      caller.products.multiply(product, left.transposed(), source_of(copy));
     }
   }
 
-  void scale_weight(int64_t columns, double scale, void* result, const Caller& caller) const {
+  // `elements`: of one group.
+  void scale_weight(int64_t elements, double scale, void* result, const Caller& caller) const {
     if (wide_weight_ == nullptr && scale == 1) return;
     const void* from = wide_weight_ != nullptr ? wide_weight_ : result;
-    scale_elements(in_.dtype, from, scale, width_ * columns, result, caller.stream);
+    scale_elements(in_.dtype, from, scale, groups_ * elements, result, caller.stream);
   }
 
   // dx = Σ_k m_x^k ⊙ (dr^k W_ih^k)
@@ -246,7 +281,7 @@ class Backward {
   const Options& options_;
   const Choice& choice_;
   ScalarType compute_;
-  int64_t rows_, width_;
+  int64_t rows_, width_, groups_;
   bool rebuilds_, has_norm_, normalises_terms_;
   MaskedInputs inputs_;
   PreviousHidden hidden_;
@@ -254,6 +289,7 @@ class Backward {
   void *grad_recurrent_, *grad_gates_, *grad_input_terms_;
   void *cell_normalised_, *grad_cell_normalised_;
   int64_t* counts_;
+  void *grouped_, *grad_projected_, *unprojected_;
   void *totals_, *sums_, *wide_weight_, *product_, *product_sum_, *loop_scratch_;
   size_t loop_scratch_bytes_, used_;
 };

@@ -14,7 +14,7 @@ class Forward {
       : in_(params.in),
         out_(params.out),
         choice_(choice),
-        inputs_(in_, /*wanted=*/true, /*padding_counts=*/out_.input_gates != nullptr, scratch) {
+        inputs_(in_, /*wanted=*/true, /*padding_counts=*/out_.input_gates != nullptr, /*most_groups=*/1, scratch) {
     const ScalarType compute = compute_type(in_.dtype);
     const int64_t gates = in_.steps * in_.rows * 4 * in_.hidden_size;
     const bool batch_norm = in_.options.norm == NormKind::Batch && in_.options.norm_input;
@@ -41,8 +41,8 @@ class Forward {
       weight = weight_;
     }
     multiply_terms(
-        in_, in_.weight_ih, input_scale(in_), inputs_.copies(), [&](int gate) { return inputs_.of_gate(gate, caller); },
-        raw_, caller);
+        in_, in_.weight_ih, input_scale(in_), inputs_.copies(),
+        [&](int gate) { return inputs_.of_gate(gate, 1, caller); }, raw_, caller);
     if (in_.options.norm_input) {
       if (in_.options.norm == NormKind::Batch) count_rows(in_, counts_, caller.stream);
       const InputNorm norm{in_, device.running_input_rows, counts_, raw_, out_.input_statistics};

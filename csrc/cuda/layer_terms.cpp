@@ -12,28 +12,32 @@ int64_t common_row_stride(const LayerInputs& in) {
 
 }  // namespace
 
-MaskedInputs::MaskedInputs(const LayerInputs& in, bool wanted, bool padding_counts, Scratch& scratch)
+MaskedInputs::MaskedInputs(const LayerInputs& in, bool wanted, bool padding_counts, int64_t most_groups,
+                           Scratch& scratch)
     : in_(in),
-      copy_(scratch.take_if(
-          wanted && in.input_size > 0 &&
-              (drops_inputs(in) || common_row_stride(in) < 0 || (padding_counts && in.lengths != nullptr)),
-          in.steps * in.rows * in.input_size, in.dtype)) {}
+      as_it_lies_(in.input_size == 0 ||
+                  !(drops_inputs(in) || common_row_stride(in) < 0 || (padding_counts && in.lengths != nullptr))),
+      copy_(scratch.take_if(wanted && in.input_size > 0 && (!as_it_lies_ || most_groups > 1),
+                            in.steps * in.rows * in.input_size, in.dtype)) {}
 
-Matrix MaskedInputs::of_gate(int gate, const Caller& caller) {
-  const int64_t rows = in_.steps * in_.rows;
-  if (copy_ == nullptr) return Matrix::by_rows(in_.input, in_.dtype, rows, in_.input_size, common_row_stride(in_));
-  if (held_ != gate) gather_inputs(in_, caller.seed, gate, copy_, caller.stream);
-  held_ = gate;
-  return Matrix::contiguous(copy_, in_.dtype, rows, in_.input_size);
+Matrix MaskedInputs::of_gate(int gate, int64_t groups, const Caller& caller) {
+  if (groups == 1 && as_it_lies_) {
+    return Matrix::by_rows(in_.input, in_.dtype, in_.steps * in_.rows, in_.input_size, common_row_stride(in_));
+  }
+  const Held wanted{gate, groups};
+  if (!(held_ == wanted)) gather_inputs(in_, caller.seed, gate, groups, copy_, caller.stream);
+  held_ = wanted;
+  return grouped_rows(in_, copy_, in_.input_size, groups);
 }
 
 PreviousHidden::PreviousHidden(const LayerInputs& in, bool wanted, Scratch& scratch)
-    : in_(in), copy_(scratch.take_if(wanted, in.steps * in.rows * in.hidden_size, in.dtype)) {}
+    : in_(in), copy_(scratch.take_if(wanted, in.steps * in.rows * in.projected_size, in.dtype)) {}
 
-Matrix PreviousHidden::of_gate(int gate, const void* hidden, const Caller& caller) {
-  if (held_ != gate) gather_previous_hidden(in_, caller.seed, hidden, gate, copy_, caller.stream);
-  held_ = gate;
-  return Matrix::contiguous(copy_, in_.dtype, in_.steps * in_.rows, in_.hidden_size);
+Matrix PreviousHidden::of_gate(int gate, int64_t groups, const void* hidden, const Caller& caller) {
+  const Held wanted{gate, groups};
+  if (!(held_ == wanted)) gather_previous_hidden(in_, caller.seed, hidden, gate, groups, copy_, caller.stream);
+  held_ = wanted;
+  return grouped_rows(in_, copy_, in_.projected_size, groups);
 }
 
 }  // namespace fusedreg::cuda

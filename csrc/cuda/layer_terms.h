@@ -10,7 +10,7 @@ namespace fusedreg::cuda {
 
 // What every piece of the driver needs.
 struct Caller {
-  const int64_t* seed;
+  MaskSeed seed;
   Products& products;
   void* stream;
 };
@@ -25,32 +25,47 @@ inline Matrix gate_columns(const void* gates, ScalarType type, int64_t rows, int
   return Matrix::by_rows(offset(gates, gate * hidden_size, type), type, rows, hidden_size, 4 * hidden_size);
 }
 
-// x̄ as a matrix (T * B, I): the input itself where nothing changes it, else a copy of one gate at a time.
+// What stands in a copy that serves one product after another: a gate's values, in so many groups of rows.
+struct Held {
+  int gate = -1;
+  int64_t groups = 0;
+  bool operator==(const Held& other) const { return gate == other.gate && groups == other.groups; }
+};
+
+// x̄ as a matrix (T * B, I): the input itself where nothing changes it, else a copy of one gate at a time. In `groups`
+// groups (row_groups.h), at most `most_groups`: as many matrices.
 class MaskedInputs {
  public:
   // `padding_counts`: what stands in padding reaches a result, so it must be 0.
-  MaskedInputs(const LayerInputs& in, bool wanted, bool padding_counts, Scratch& scratch);
+  MaskedInputs(const LayerInputs& in, bool wanted, bool padding_counts, int64_t most_groups, Scratch& scratch);
   int copies() const { return unties_inputs(in_) ? 4 : 1; }
-  Matrix of_gate(int gate, const Caller& caller);
+  Matrix of_gate(int gate, int64_t groups, const Caller& caller);
 
  private:
   const LayerInputs& in_;
-  void* copy_;     // null: not needed
-  int held_ = -1;  // the gate that it holds
+  bool as_it_lies_;  // one group: the input itself
+  void* copy_;       // null: not needed
+  Held held_;
 };
 
-// h̄ as a matrix (T * B, H): a copy of one gate at a time.
+// h̄ as a matrix (T * B, P): a copy of one gate at a time. Groups as above.
 class PreviousHidden {
  public:
   PreviousHidden(const LayerInputs& in, bool wanted, Scratch& scratch);
   int copies() const { return unties_hidden(in_) ? 4 : 1; }
-  Matrix of_gate(int gate, const void* hidden, const Caller& caller);
+  Matrix of_gate(int gate, int64_t groups, const void* hidden, const Caller& caller);
 
  private:
   const LayerInputs& in_;
   void* copy_;
-  int held_ = -1;
+  Held held_;
 };
+
+// Contiguous (T * B, columns) storage, in the order of row_groups.h: a matrix a group.
+inline Matrix grouped_rows(const LayerInputs& in, const void* data, int64_t columns, int64_t groups) {
+  const int64_t rows = in.steps * (in.rows / groups);
+  return Matrix::contiguous(data, in.dtype, rows, columns).repeated(groups, rows * columns);
+}
 
 // to, (T * B, 4H) compute = scale source weightᵀ, gate by gate where there are four sources. `source_of(gate)` is a
 // Matrix.
@@ -70,6 +85,6 @@ void multiply_terms(const LayerInputs& in, const void* weight, double scale, int
 }
 
 // Of a masked copy of W_hh.
-inline int64_t weight_elements(const LayerInputs& in) { return 4 * in.hidden_size * in.hidden_size; }
+inline int64_t weight_elements(const LayerInputs& in) { return 4 * in.hidden_size * in.projected_size; }
 
 }  // namespace fusedreg::cuda

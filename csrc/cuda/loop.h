@@ -12,16 +12,16 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../common/params.h"
+#include "masks.cuh"
 
 namespace fusedreg::cuda {
 
 // What both directions read.
 struct LoopInputs {
   LayerInputs in;           // sizes, options, rates; device pointers. `in.seeds` is unused
-  const int64_t* seed;      // device, 0-dimensional; null where nothing is drawn
+  MaskSeed seed;            // of the masks inside the loop
   int64_t running_rows;     // rows of the running recurrent and cell statistics: indices are clamped to [-1, rows - 1]
-  const void* weight_hh;    // (4H, H) storage, 0 where M_w drops and unscaled elsewhere: masks.cuh, recurrent_scale()
+  const void* weight_hh;    // (4H, P) storage, 0 where M_w drops and unscaled elsewhere: masks.cuh, recurrent_scale()
   const void* input_terms;  // (T, B, 4H) compute, by position t: N_r(r), or r without an input norm; padding undefined
   const void* bias;         // (4H,) compute: b_ih + b_hh + layer norm's shifts of the input and recurrent terms,
                             // so that z = N_a(a), gain only, + input_terms + bias
@@ -44,10 +44,10 @@ struct BackwardLoop {
   const void* gates;                // activated, in their kept form (storage.h), when `activated`;
                                     // else the raw a, (T, B, 4H) compute
   bool activated;                   // gates kept without a norm; otherwise z is rebuilt from a
-  const void* grad_output;          // (T, B, H) storage, or null; units contiguous
+  const void* grad_output;          // (T, B, P) storage, or null; units contiguous
   int64_t grad_output_step_stride;  // in elements
   int64_t grad_output_row_stride;
-  const void* grad_final_hidden;  // (B, H) storage, or null
+  const void* grad_final_hidden;  // (B, P) storage, or null
   const void* grad_final_cell;    // (B, H) compute, or null
   const void* grad_cells;         // (T, B, H) compute, or null
   // Results, each written whole.
@@ -57,8 +57,14 @@ struct BackwardLoop {
   // driver sums them over rows and steps to the gradients of the cell's gain and shift.
   void* grad_cell_normalised;
   void* cell_normalised;
-  void* grad_initial_hidden;  // (B, H) storage; null if not wanted
+  void* grad_initial_hidden;  // (B, P) storage; null if not wanted
   void* grad_initial_cell;    // (B, H) compute; null if not wanted
+  void* grad_hidden_probe;    // (T, B, P) storage, by t, 0 in padding: what reaches the carried h_s; null if not wanted
+  void* grad_cell_probe;      // (T, B, H) compute, likewise of the cell, as params.h says; null if not wanted
+  // With a projection, null if the gradient of weight_hr is not wanted: its two factors, (T * B, P) and (T * B, H)
+  // storage, 0 in padding, in the order of row_groups.h.
+  void* grad_projected;  // what reaches u W_hr^T
+  void* unprojected;     // u = o tanh(N_c(candidate))
   void* scratch;
   size_t scratch_bytes;
   void* stream;

@@ -68,6 +68,11 @@ static inline MaskSite<Compute> zoneout_site(double rate, bool training) {
   return site;
 }
 
+// The counter's fourth word.
+FUSEDREG_HOST_DEVICE static inline uint32_t layer_direction(const LayerInputs& in) {
+  return static_cast<uint32_t>(in.options.layer) * 2u + (in.options.reverse ? 1u : 0u);
+}
+
 // Every site that stands inside the loop, and what of it is active. Made on the host, given to kernels by value.
 template <class Compute>
 struct LoopMasks {
@@ -102,7 +107,7 @@ static inline LoopMasks<Compute> loop_masks(const LayerInputs& in) {
   masks.zoneout_cell = zoneout_site<Compute>(rates.zoneout_cell, training);
   (options.update_mask_sequence ? masks.update_sequence : masks.update_step) =
       dropout_site<Compute>(rates.update_dropout, training);
-  masks.layer_direction = static_cast<uint32_t>(options.layer) * 2u + (options.reverse ? 1u : 0u);
+  masks.layer_direction = layer_direction(in);
   masks.drops_hidden = training && rates.hidden_dropout > 0;
   masks.untied_hidden = masks.drops_hidden && options.untied_masks;
   const bool update = rates.update_dropout > 0;
@@ -115,22 +120,48 @@ static inline LoopMasks<Compute> loop_masks(const LayerInputs& in) {
   return masks;
 }
 
+// Where the masks of a call come from, on the device: one seed for all rows, or a pair (seed, first step) for each
+// group of consecutive rows.
+struct MaskSeed {
+  const int64_t* values = nullptr;  // null where nothing is drawn
+  uint32_t rows_a_group = 0;        // of pairs; 0: one seed
+};
+
+// The key of what is drawn for one row, and how the counters name that row and its first step.
 struct MaskKey {
   uint32_t low = 0, high = 0;  // the seed
   uint32_t layer_direction = 0;
+  uint32_t row = 0, first_step = 0;
 };
 
-// Reads the seed where it lives, on the device: a captured graph draws fresh masks when it is replayed.
-FUSEDREG_HOST_DEVICE static inline MaskKey mask_key(const int64_t* seed, uint32_t layer_direction) {
-  const uint64_t value = seed == nullptr ? 0 : static_cast<uint64_t>(*seed);
+// Reads the seed where it lives, on the device: a captured graph draws fresh masks when it is replayed. Of pairs it is
+// the first group's: that of weights, and what key_of_row() replaces.
+FUSEDREG_HOST_DEVICE static inline MaskKey mask_key(const MaskSeed& seed, uint32_t layer_direction) {
+  const uint64_t value = seed.values == nullptr ? 0 : static_cast<uint64_t>(*seed.values);
   return {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32), layer_direction};
 }
 
-// The four words of a unit in row b of a family (c2: the step t, or the family's constant).
-FUSEDREG_HOST_DEVICE static inline PhiloxWords<uint32_t> words_of(const MaskKey& key, int64_t unit, int64_t b,
-                                                                  uint32_t c2) {
-  return philox4x32_10<uint32_t>(static_cast<uint32_t>(unit), static_cast<uint32_t>(b), c2, key.layer_direction,
-                                 key.low, key.high);
+// Row b's, from mask_key().
+FUSEDREG_HOST_DEVICE static inline MaskKey key_of_row(const MaskSeed& seed, MaskKey key, int64_t b) {
+  key.row = static_cast<uint32_t>(b);
+  if (seed.rows_a_group == 0 || seed.values == nullptr) return key;
+  const uint32_t group = key.row / seed.rows_a_group;
+  const int64_t* const pair = seed.values + int64_t{2} * group;
+  const uint64_t value = static_cast<uint64_t>(pair[0]);
+  key.low = static_cast<uint32_t>(value);
+  key.high = static_cast<uint32_t>(value >> 32);
+  key.row -= group * seed.rows_a_group;
+  key.first_step = static_cast<uint32_t>(pair[1]);
+  return key;
+}
+
+// The four words of a unit in the key's row of a family (c2: the step, or the family's constant).
+FUSEDREG_HOST_DEVICE static inline PhiloxWords<uint32_t> words_of(const MaskKey& key, int64_t unit, uint32_t c2) {
+  return philox4x32_10<uint32_t>(static_cast<uint32_t>(unit), key.row, c2, key.layer_direction, key.low, key.high);
+}
+// Of step t: the position in the input, not the index of the step.
+FUSEDREG_HOST_DEVICE static inline PhiloxWords<uint32_t> words_of_step(const MaskKey& key, int64_t unit, int64_t t) {
+  return words_of(key, unit, static_cast<uint32_t>(t) + key.first_step);
 }
 
 // Word `index`, which is known only when the program runs: as an index it would put the words into local memory.
@@ -152,16 +183,16 @@ struct SequenceMasks {
 
 template <class Compute>
 FUSEDREG_HOST_DEVICE static inline SequenceMasks<Compute> sequence_masks(const LoopMasks<Compute>& masks,
-                                                                         const MaskKey& key, int64_t b, int64_t unit) {
+                                                                         const MaskKey& key, int64_t unit) {
   PhiloxWords<uint32_t> words{};
-  if (masks.draws_sequence) words = words_of(key, unit, b, kSequenceFamily);
+  if (masks.draws_sequence) words = words_of(key, unit, kSequenceFamily);
   SequenceMasks<Compute> result;
   result.update = mask_of(masks.update_sequence, words.word[kUpdateSequence]);
   result.cell = mask_of(masks.cell, words.word[kCell]);
   result.output = mask_of(masks.output, words.word[kOutput]);
   for (int gate = 0; gate < 4; ++gate) result.hidden[gate] = mask_of(masks.hidden, words.word[kHiddenTied]);
   if (masks.untied_hidden) {
-    words = words_of(key, unit, b, kUntiedHiddenFamily);
+    words = words_of(key, unit, kUntiedHiddenFamily);
     for (int gate = 0; gate < 4; ++gate) result.hidden[gate] = mask_of(masks.hidden, words.word[gate]);
   }
   return result;
@@ -177,10 +208,10 @@ struct StepMasks {
 // t is the position in the input, not the index of the step.
 template <class Compute>
 FUSEDREG_HOST_DEVICE static inline StepMasks<Compute> step_masks(const LoopMasks<Compute>& masks, const MaskKey& key,
-                                                                 const SequenceMasks<Compute>& sequence, int64_t b,
-                                                                 int64_t unit, int64_t t) {
+                                                                 const SequenceMasks<Compute>& sequence, int64_t unit,
+                                                                 int64_t t) {
   PhiloxWords<uint32_t> words{};
-  if (masks.draws_step) words = words_of(key, unit, b, static_cast<uint32_t>(t));
+  if (masks.draws_step) words = words_of_step(key, unit, t);
   StepMasks<Compute> result;
   result.update = sequence.update * mask_of(masks.update_step, words.word[kUpdateStep]);  // one of the two is 1
   result.cell = sequence.cell;

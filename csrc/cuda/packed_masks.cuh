@@ -29,15 +29,14 @@ FUSEDREG_DEVICE float unpacked(const MaskSite<float>& site, uint32_t bits, uint3
   return (bits & bit) != 0 ? site.dropped : site.kept;
 }
 
-FUSEDREG_DEVICE uint32_t packed_sequence_masks(const LoopMasks<float>& masks, const MaskKey& key, int64_t b,
-                                               int64_t unit) {
+FUSEDREG_DEVICE uint32_t packed_sequence_masks(const LoopMasks<float>& masks, const MaskKey& key, int64_t unit) {
   PhiloxWords<uint32_t> words{};
-  if (masks.draws_sequence) words = words_of(key, unit, b, kSequenceFamily);
+  if (masks.draws_sequence) words = words_of(key, unit, kSequenceFamily);
   uint32_t bits = dropped_bit(masks.update_sequence, words.word[kUpdateSequence], kUpdateSequenceDropped) |
                   dropped_bit(masks.cell, words.word[kCell], kCellDropped) |
                   dropped_bit(masks.output, words.word[kOutput], kOutputDropped);
   if (masks.untied_hidden) {
-    words = words_of(key, unit, b, kUntiedHiddenFamily);
+    words = words_of(key, unit, kUntiedHiddenFamily);
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) bits |= dropped_bit(masks.hidden, words.word[gate], kHiddenDropped << gate);
   } else {
@@ -47,10 +46,9 @@ FUSEDREG_DEVICE uint32_t packed_sequence_masks(const LoopMasks<float>& masks, co
 }
 
 // t is the position in the input.
-FUSEDREG_DEVICE uint32_t packed_step_masks(const LoopMasks<float>& masks, const MaskKey& key, int64_t b, int64_t unit,
-                                           int64_t t) {
+FUSEDREG_DEVICE uint32_t packed_step_masks(const LoopMasks<float>& masks, const MaskKey& key, int64_t unit, int64_t t) {
   if (!masks.draws_step) return 0;
-  const PhiloxWords<uint32_t> words = words_of(key, unit, b, static_cast<uint32_t>(t));
+  const PhiloxWords<uint32_t> words = words_of_step(key, unit, t);
   return dropped_bit(masks.zoneout_hidden, words.word[kZoneoutHidden], kHiddenZoned) |
          dropped_bit(masks.zoneout_cell, words.word[kZoneoutCell], kCellZoned) |
          dropped_bit(masks.update_step, words.word[kUpdateStep], kUpdateStepDropped) |

@@ -63,13 +63,13 @@ void persistent_backward(const BackwardLoop& loop, const Choice& choice) {
   });
 }
 
-int persistent_backward_largest_cluster(const LayerInputs& in, const Choice& choice) {
-  int largest = 0;
+int persistent_backward_clusters(const LayerInputs& in, const Choice& choice) {
+  int clusters = 0;
   for_kernel(choice, [&](auto mode, auto tiles) {
-    largest = largest_cluster<persistent_backward_kernel<decltype(mode), decltype(tiles)::value>>(
-        kProductThreads, backward_shared_bytes(backward_shape(in, choice)));
+    clusters = resident_clusters<persistent_backward_kernel<decltype(mode), decltype(tiles)::value>>(
+        kProductThreads, backward_shared_bytes(backward_shape(in, choice)), choice.cluster);
   });
-  return largest;
+  return clusters;
 }
 
 }  // namespace fusedreg::cuda

@@ -13,6 +13,6 @@ size_t persistent_backward_scratch(const LayerInputs& in, const Choice& choice);
 void persistent_backward(const BackwardLoop& loop, const Choice& choice);
 
 // For choose(): the occupancy query of the kernel that `choice` would launch.
-int persistent_backward_largest_cluster(const LayerInputs& in, const Choice& choice);
+int persistent_backward_clusters(const LayerInputs& in, const Choice& choice);
 
 }  // namespace fusedreg::cuda

@@ -50,7 +50,8 @@ class BackwardBlock {
       const int64_t at = int64_t{cell.b} * in.hidden_size + cell.unit;
       hidden_of(cell) = cell.exists && grad_hidden != nullptr ? widen(grad_hidden[at]) : 0.0f;
       cell_of(cell) = cell.exists && grad_cell != nullptr ? grad_cell[at] : 0.0f;
-      bits_of(cell) = static_cast<uint16_t>(cell.exists ? packed_sequence_masks(masks_, key_, cell.b, cell.unit) : 0u);
+      bits_of(cell) =
+          static_cast<uint16_t>(cell.exists ? packed_sequence_masks(masks_, row_key(key_, cell), cell.unit) : 0u);
     });
   }
 
@@ -75,7 +76,7 @@ class BackwardBlock {
       if (cell.runs && s >= 0) {
         if (begins_from_zero(in, cell.b, cell.length, s)) bits |= kBeginsFromZero;
         fetch(cell, s, (bits & kBeginsFromZero) != 0);
-        bits |= packed_step_masks(masks_, key, cell.b, cell.unit, position(in, cell.length, s));
+        bits |= packed_step_masks(masks_, row_key(key, cell), cell.unit, position(in, cell.length, s));
       }
       bits_of(cell) = static_cast<uint16_t>(bits);
     });
@@ -125,6 +126,9 @@ class BackwardBlock {
   FUSEDREG_DEVICE float* cell_constants() const { return params_.shared<float>(params_.room.cell_constants); }
   FUSEDREG_DEVICE float gain(const Cell& cell, int gate) const {
     return gate_constants()[(4 + gate) * kUnits + cell.column];
+  }
+  FUSEDREG_DEVICE MaskKey row_key(const MaskKey& key, const Cell& cell) const {
+    return key_of_row(loop.layer.seed, key, cell.b);
   }
   FUSEDREG_DEVICE float& hidden_of(const Cell& cell) const {
     return params_.shared<float>(params_.room.hidden)[cell.index];

@@ -162,8 +162,13 @@ class BackwardCells : public BackwardBlock<typename Mode::Storage, NT * 8> {
       incoming.output = widen(Block::template of_cell<Storage>(params_.room.grad_output, cell));
     }
     if (loop.grad_cells != nullptr) incoming.cell += Block::template of_cell<float>(params_.room.grad_cells, cell);
-    return enter_cell(in.options, unpacked_step_masks(masks_, bits_of(cell)), gates_of(cell), previous_cell(cell),
-                      incoming);
+    const StepMasks<float> masks = unpacked_step_masks(masks_, bits_of(cell));
+    if (loop.grad_hidden_probe != nullptr) {
+      static_cast<Storage*>(loop.grad_hidden_probe)[cell.at * in.hidden_size + cell.unit] =
+          narrow<Storage>(grad_of_carried(in.options, masks, incoming));
+    }
+    return enter_cell(masks, gates_of(cell), previous_cell(cell), enter_hidden(in.options, masks, incoming),
+                      incoming.cell);
   }
 
   // To the edge of N_c: leaves what leave() picks up again, and the terms of N_c's sums.
@@ -219,6 +224,10 @@ class BackwardCells : public BackwardBlock<typename Mode::Storage, NT * 8> {
     const CellDeparting<float> departing = leave_cell(trace, through_output, (bits_of(cell) & kBeginsFromZero) != 0);
     cell_of(cell) = departing.previous_cell;
     hidden_of(cell) = departing.previous_hidden;
+    if (loop.grad_cell_probe != nullptr) {
+      static_cast<float*>(loop.grad_cell_probe)[cell.at * in.hidden_size + cell.unit] =
+          grad_of_cell(trace, through_output);
+    }
     if (loop.grad_gates != nullptr) {
       write_gates(static_cast<float*>(loop.grad_gates), cell.at, in.hidden_size, cell.unit, departing.pre_activations);
     }
@@ -260,6 +269,8 @@ class BackwardCells : public BackwardBlock<typename Mode::Storage, NT * 8> {
     const float zeros[4] = {};
     write_gates(static_cast<Storage*>(loop.grad_recurrent), cell.at, H, cell.unit, zeros);
     if (loop.grad_gates != nullptr) write_gates(static_cast<float*>(loop.grad_gates), cell.at, H, cell.unit, zeros);
+    if (loop.grad_hidden_probe != nullptr) static_cast<Storage*>(loop.grad_hidden_probe)[at] = narrow<Storage>(0.0f);
+    if (loop.grad_cell_probe != nullptr) static_cast<float*>(loop.grad_cell_probe)[at] = 0;
     if (!shape_.norm_cell) return;
     static_cast<float*>(loop.grad_cell_normalised)[at] = 0;
     static_cast<float*>(loop.cell_normalised)[at] = 0;

@@ -68,12 +68,12 @@ void persistent_forward(const ForwardLoop& loop, const Choice& choice) {
   });
 }
 
-int persistent_forward_largest_cluster(const LayerInputs& in, const Choice& choice) {
+int persistent_forward_clusters(const LayerInputs& in, const Choice& choice) {
   const size_t shared = ForwardRoom(forward_shape(in, choice)).bytes;
   return with_variant(choice, [&](auto variant) {
     using V = decltype(variant);
-    return largest_cluster<persistent_forward_kernel<typename V::Mode, V::kUnits, V::kClustered>>(kProductThreads,
-                                                                                                  shared);
+    return resident_clusters<persistent_forward_kernel<typename V::Mode, V::kUnits, V::kClustered>>(
+        kProductThreads, shared, choice.cluster);
   });
 }
 

@@ -117,7 +117,7 @@ class PersistentForward {
       const float h = hidden == nullptr ? 0.0f : widen(hidden[at]);
       block_.hidden()[cell.index()] = h;
       block_.cell()[cell.index()] = initial_cell == nullptr ? 0.0f : initial_cell[at];
-      uint32_t bits = packed_sequence_masks(params.masks, block_.key, b, unit);
+      uint32_t bits = packed_sequence_masks(params.masks, block_.row_key(b), unit);
       if (begins_from_zero(in, b, block_.length(cell.row), 0)) bits |= kNextBeginsFromZero;
       block_.masks()[cell.index()] = static_cast<uint16_t>(bits);
       stage(cell, h, bits);
@@ -146,7 +146,7 @@ class PersistentForward {
         for (int gate = 0; gate < 4; ++gate, terms += hidden_size) {
           fetch_to_shared(reinterpret_cast<uint32_t*>(block_.gates() + cell.gate(gate)), terms);
         }
-        bits |= kRuns | packed_step_masks(params.masks, block_.key, b, unit, t);
+        bits |= kRuns | packed_step_masks(params.masks, block_.row_key(b), unit, t);
         if ((before & kNextBeginsFromZero) != 0) bits |= kBeginsFromZero;
         if (begins_from_zero(layer.in, b, length, s + 1)) bits |= kNextBeginsFromZero;
       }

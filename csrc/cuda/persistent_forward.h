@@ -12,6 +12,6 @@ size_t persistent_forward_scratch(const LayerInputs& in, const Choice& choice);
 void persistent_forward(const ForwardLoop& loop, const Choice& choice);
 
 // For choose(): the occupancy query of the kernel that `choice` would launch.
-int persistent_forward_largest_cluster(const LayerInputs& in, const Choice& choice);
+int persistent_forward_clusters(const LayerInputs& in, const Choice& choice);
 
 }  // namespace fusedreg::cuda

@@ -35,7 +35,7 @@ struct ForwardBlock {
 
   const PersistentForwardParams& params;
   char* shared;
-  MaskKey key;
+  MaskKey key;        // of no row in particular
   int64_t first_row;  // of the tile
   int rows;           // of the tile
   int own_block;      // among those that share out the units
@@ -56,6 +56,9 @@ struct ForwardBlock {
     first_unit = own_block * U;
     units = given.shape.hidden_size - first_unit < U ? given.shape.hidden_size - first_unit : U;
   }
+
+  // The masks' key of a row of the batch.
+  FUSEDREG_DEVICE MaskKey row_key(int64_t b) const { return key_of_row(params.loop.layer.seed, key, b); }
 
   // The cell's unit of the layer, and its row of the batch.
   FUSEDREG_DEVICE int64_t unit(const Cell& cell) const { return first_unit + cell.unit; }

@@ -28,8 +28,8 @@ constexpr Rates kRates;
 constexpr int kGridUnits[] = {8, 16, 32};
 constexpr int kMostForwardGridUnits = 16;
 constexpr int kClusterUnits[] = {32};
-constexpr int kLargestCluster = 16;  // of any device so far
-constexpr int kPortableCluster = 8;  // of every device that has clusters
+constexpr int kResidentClusters = 16;  // of any device so far
+constexpr int kPortableCluster = 8;    // of every device that has clusters
 // The fewest rows a tile is given. Fewer cost as much to multiply (a matrix instruction has 16), but leave fewer cells
 // to a block; in a grid the exchange outweighs that.
 constexpr int64_t kLeastGridRows = 8;
@@ -63,6 +63,15 @@ int hidden_copies(const LayerInputs& in) {
   return in.options.training && in.options.untied_masks && in.rates.hidden_dropout > 0 ? 4 : 1;
 }
 
+// What no persistent kernel can; empty where there is nothing. A projection is a second product with a width of its
+// own, and a second exchange in each step.
+std::string step_alone(const LayerInputs& in) {
+  if (in.dtype == ScalarType::Float64) return "float64";
+  if (in.projected_size == in.hidden_size && in.weight_hr == nullptr) return "";
+  return formatted("a projection (H = %lld to P = %lld)", static_cast<long long>(in.hidden_size),
+                   static_cast<long long>(in.projected_size));
+}
+
 // Exchanges of one step: h (da), and one more for each layer norm; its backward sums over rows as often.
 int exchanges(const LayerInputs& in) {
   if (in.options.norm != NormKind::Layer) return 1;
@@ -71,8 +80,8 @@ int exchanges(const LayerInputs& in) {
 
 int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// The microseconds of a step, for the whole batch.
-double step_time(const LayerInputs& in, const Choice& choice, size_t fragment_bytes, const DeviceLimits& limits) {
+// The microseconds of a step, for the whole batch, of which `groups` tiles run at a time.
+double step_time(const LayerInputs& in, const Choice& choice, size_t fragment_bytes, int groups) {
   const bool clustered = choice.tier == Tier::Cluster, forward = choice.direction == Direction::Forward;
   const double rows = choice.rows_per_tile,
                tiles_of_16 = static_cast<double>(rounded_up(choice.rows_per_tile, 16) / 16);
@@ -88,16 +97,15 @@ double step_time(const LayerInputs& in, const Choice& choice, size_t fragment_by
   cycles += rows * hidden * bytes * copies / (clustered ? kRates.shared_bytes : kRates.l2_bytes);
   if (clustered) cycles += cells * bytes * copies * choice.blocks / kRates.cluster_store_bytes;
   cycles += cells / kRates.cells + cells * (forward ? 4 : 1) * kProductWarps * 4 / kRates.shared_bytes;
-  const int resident = clustered ? limits.multiprocessors / choice.blocks : choice.tiles;
-  const int waves = resident > 0 ? (choice.tiles + resident - 1) / resident : 1;
+  const int waves = (choice.tiles + groups - 1) / groups;
   return cycles * waves / kRates.cycles_per_microsecond;
 }
 
 // Looks for the fastest way to cut a layer up for one tier, and keeps why there is none.
 class Search {
  public:
-  Search(const LayerInputs& in, const DeviceLimits& limits, LargestCluster largest_cluster)
-      : in_(in), limits_(limits), largest_cluster_(largest_cluster) {}
+  Search(const LayerInputs& in, const DeviceLimits& limits, ResidentClusters resident_clusters)
+      : in_(in), limits_(limits), resident_clusters_(resident_clusters) {}
 
   bool found() const { return time_ >= 0; }
   double time() const { return time_; }
@@ -153,9 +161,9 @@ class Search {
           formatted("clusters need compute capability 9.0, and the device has %d.%d", limits_.major, limits_.minor);
       return false;
     }
-    if (blocks <= kLargestCluster) return true;
+    if (blocks <= kResidentClusters) return true;
     failure_ = formatted("H = %lld needs %lld blocks of %d units, and a cluster has at most %d", hidden, needed, units,
-                         kLargestCluster);
+                         kResidentClusters);
     return false;
   }
 
@@ -169,20 +177,27 @@ class Search {
       }
       return false;
     }
-    if (candidate.blocks > kPortableCluster && candidate.tier == Tier::Cluster) {
-      const int largest = largest_cluster_ == nullptr ? kPortableCluster : largest_cluster_(in_, candidate);
-      if (largest < candidate.blocks) {
-        failure_ = formatted("H = %lld needs a cluster of %d blocks, and the device's largest has %d",
-                             static_cast<long long>(in_.hidden_size), candidate.blocks, largest);
-        return false;
+    int groups = candidate.tiles;  // that run at a time
+    if (candidate.tier == Tier::Cluster && (groups = clusters_of(candidate)) == 0) {
+      if (!found()) {
+        failure_ = formatted("H = %lld needs a cluster of %d blocks, and the device %s",
+                             static_cast<long long>(in_.hidden_size), candidate.blocks,
+                             resident_clusters_ != nullptr ? "holds none" : "is not known to hold one");
       }
+      return false;
     }
-    const double time = step_time(in_, candidate, fragment_bytes(candidate), limits_);
+    const double time = step_time(in_, candidate, fragment_bytes(candidate), groups);
     if (!found() || time < time_) {
       time_ = time;
       best_ = candidate;
     }
     return true;
+  }
+
+  // That the device holds at a time.
+  int clusters_of(const Choice& candidate) const {
+    if (resident_clusters_ != nullptr) return resident_clusters_(in_, candidate);
+    return candidate.blocks > kPortableCluster ? 0 : limits_.multiprocessors / candidate.blocks;
   }
 
   bool fit_shared_memory(Choice& candidate, int64_t rows) const {
@@ -216,7 +231,7 @@ class Search {
 
   const LayerInputs& in_;
   const DeviceLimits& limits_;
-  LargestCluster largest_cluster_;
+  ResidentClusters resident_clusters_;
   Choice best_;
   double time_ = -1;
   std::string failure_;
@@ -292,7 +307,7 @@ BackwardShape backward_shape(const LayerInputs& in, const Choice& choice) {
 }
 
 Choice choose(Direction direction, const LayerInputs& in, bool tf32_allowed, const DeviceLimits& limits, Tier asked,
-              LargestCluster largest_cluster) {
+              ResidentClusters resident_clusters) {
   Choice choice;
   choice.direction = direction;
   choice.arithmetic = arithmetic_of(in, tf32_allowed);
@@ -300,12 +315,12 @@ Choice choose(Direction direction, const LayerInputs& in, bool tf32_allowed, con
     choice.reason = "step: it was asked for";
     return choice;
   }
-  if (choice.arithmetic == Arithmetic::Float64) {
-    if (asked != Tier::Auto) refuse(asked, "float64 has no kernel but that of the step tier");
-    choice.reason = "step: float64 has no kernel but that of this tier";
+  if (const std::string why = step_alone(in); !why.empty()) {
+    if (asked != Tier::Auto) refuse(asked, why + " has no kernel but that of the step tier");
+    choice.reason = "step: " + why + " has no kernel but that of this tier";
     return choice;
   }
-  Search cluster(in, limits, largest_cluster), grid(in, limits, nullptr);
+  Search cluster(in, limits, resident_clusters), grid(in, limits, nullptr);
   if (asked != Tier::Grid) {
     choice.tier = Tier::Cluster;
     cluster.run(choice);
@@ -334,12 +349,12 @@ Choice choose(Direction direction, const LayerInputs& in, bool tf32_allowed, con
 }
 
 std::string explain_choice(const LayerInputs& in, bool tf32_allowed, const DeviceLimits& limits,
-                           LargestCluster forward_cluster, LargestCluster backward_cluster) {
-  const auto reason = [&](Direction direction, LargestCluster largest_cluster) {
-    return choose(direction, in, tf32_allowed, limits, Tier::Auto, largest_cluster).reason;
+                           ResidentClusters forward_clusters, ResidentClusters backward_clusters) {
+  const auto reason = [&](Direction direction, ResidentClusters clusters) {
+    return choose(direction, in, tf32_allowed, limits, Tier::Auto, clusters).reason;
   };
-  return "forward: " + reason(Direction::Forward, forward_cluster) +
-         "\nbackward: " + reason(Direction::Backward, backward_cluster);
+  return "forward: " + reason(Direction::Forward, forward_clusters) +
+         "\nbackward: " + reason(Direction::Backward, backward_clusters);
 }
 
 }  // namespace fusedreg::cuda

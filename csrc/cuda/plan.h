@@ -38,14 +38,16 @@ struct Choice {
   std::string reason;  // for people: the tier, how it is cut up, and why no other
 };
 
-// How many blocks a cluster of this choice can have on the current device: an occupancy query, since more than 8 are
-// not portable. Without one, 8 are.
-using LargestCluster = int (*)(const LayerInputs&, const Choice&);
+// How many clusters of this choice the current device holds at a time: an occupancy query. Clusters of more than 8
+// blocks are not portable, and a slice of a device may hold none of 8 either. Without a query every 8 multiprocessors
+// hold one of up to 8.
+using ResidentClusters = int (*)(const LayerInputs&, const Choice&);
 
-// Reads sizes, type, rates and options of `in`, and no pointer. `tf32_allowed`: torch.get_float32_matmul_precision() is
-// not "highest". Throws std::runtime_error("tier: ...") where a tier that is asked for cannot run, with the reason.
+// Reads sizes, type, rates and options of `in`, and whether there is a projection; follows no pointer. `tf32_allowed`:
+// torch.get_float32_matmul_precision() is not "highest". Throws std::runtime_error("tier: ...") where a tier that is
+// asked for cannot run, with the reason.
 Choice choose(Direction direction, const LayerInputs& in, bool tf32_allowed, const DeviceLimits& limits,
-              Tier asked = Tier::Auto, LargestCluster largest_cluster = nullptr);
+              Tier asked = Tier::Auto, ResidentClusters resident_clusters = nullptr);
 
 // How a persistent kernel is cut up by a choice of its direction.
 ForwardShape forward_shape(const LayerInputs& in, const Choice& choice);
@@ -53,7 +55,7 @@ BackwardShape backward_shape(const LayerInputs& in, const Choice& choice);
 
 // Both directions' reasons, a line each, for fusedreg.backends.explain().
 std::string explain_choice(const LayerInputs& in, bool tf32_allowed, const DeviceLimits& limits,
-                           LargestCluster forward_cluster = nullptr, LargestCluster backward_cluster = nullptr);
+                           ResidentClusters forward_clusters = nullptr, ResidentClusters backward_clusters = nullptr);
 
 const char* tier_name(Tier tier);
 // "auto", "cluster", "grid" or "step"; false for anything else.

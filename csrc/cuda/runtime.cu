@@ -54,6 +54,15 @@ void raise_limits(const void* kernel, const std::string& name, size_t shared_byt
   }
 }
 
+cudaLaunchAttribute cluster_size(int blocks) {
+  cudaLaunchAttribute size = {};
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim.x = static_cast<unsigned>(blocks);
+  size.val.clusterDim.y = 1;
+  size.val.clusterDim.z = 1;
+  return size;
+}
+
 void check_resident(const void* kernel, const std::string& name, const Launch& launch) {
   int blocks = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, launch.threads, launch.shared_bytes),
@@ -81,6 +90,13 @@ DeviceLimits device_limits() {
   return limits;
 }
 
+CudaVersions cuda_versions() {
+  CudaVersions versions;
+  check(cudaDriverGetVersion(&versions.driver), "asking for the driver's version");
+  check(cudaRuntimeGetVersion(&versions.runtime), "asking for the runtime's version");
+  return versions;
+}
+
 void clear_async(void* memory, size_t bytes, void* stream) {
   check(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)), "clearing memory");
 }
@@ -101,12 +117,7 @@ void launch_kernel(const void* kernel, const char* pretty, const Launch& launch,
     attributes[count].id = cudaLaunchAttributeCooperative;
     attributes[count++].val.cooperative = 1;
   }
-  if (launch.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = static_cast<unsigned>(launch.cluster);
-    attributes[count].val.clusterDim.y = 1;
-    attributes[count++].val.clusterDim.z = 1;
-  }
+  if (launch.cluster > 1) attributes[count++] = cluster_size(launch.cluster);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(launch.grid_x), static_cast<unsigned>(launch.grid_y));
   config.blockDim = dim3(static_cast<unsigned>(launch.threads));
@@ -118,18 +129,27 @@ void launch_kernel(const void* kernel, const char* pretty, const Launch& launch,
   check(cudaLaunchKernelExC(&config, kernel, arguments), name + ": launching it");
 }
 
-int largest_cluster_of(const void* kernel, const char* pretty, int threads, size_t shared_bytes) {
+// Asked of every size, however small: a slice of a device may have too few multiprocessors side by side, and sizes that
+// are no power of two need not be there.
+int resident_clusters_of(const void* kernel, const char* pretty, int threads, size_t shared_bytes, int cluster) {
   if (attribute(cudaDevAttrClusterLaunch, "asking for clusters") == 0) return 0;
   const std::string name = kernel_name(pretty);
-  const int largest = 16;  // more than any device so far offers a cluster
-  raise_limits(kernel, name, shared_bytes, largest);
+  raise_limits(kernel, name, shared_bytes, cluster);
+  cudaLaunchAttribute size = cluster_size(cluster);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(largest));
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
-  int cluster = 0;
-  check(cudaOccupancyMaxPotentialClusterSize(&cluster, kernel, &config), name + ": asking for the largest cluster");
-  return cluster;
+  config.attrs = &size;
+  config.numAttrs = 1;
+  int clusters = 0;
+  const cudaError_t answer = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (answer == cudaErrorInvalidClusterSize) {
+    cudaGetLastError();
+    return 0;
+  }
+  check(answer, name + ": asking how many clusters of " + std::to_string(cluster) + " blocks are resident");
+  return clusters;
 }
 
 }  // namespace fusedreg::cuda

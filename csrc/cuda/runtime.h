@@ -26,11 +26,19 @@ struct DeviceLimits {
 
 DeviceLimits device_limits();
 
+#if !defined(FUSEDREG_CUDA_EMULATION)
+// As CUDA counts: 1000 times the major version plus 10 times the minor. The driver's: what it can run; 0 without one.
+struct CudaVersions {
+  int driver = 0, runtime = 0;
+};
+CudaVersions cuda_versions();  // needs no device
+#endif
+
 void clear_async(void* memory, size_t bytes, void* stream);
 void copy_async(void* to, const void* from, size_t bytes, void* stream);
 
 // What the templates of device.h call: `kernel` is the function's address, `name` what its template is called.
 void launch_kernel(const void* kernel, const char* name, const Launch& launch, void* params);
-int largest_cluster_of(const void* kernel, const char* name, int threads, size_t shared_bytes);
+int resident_clusters_of(const void* kernel, const char* name, int threads, size_t shared_bytes, int cluster);
 
 }  // namespace fusedreg::cuda

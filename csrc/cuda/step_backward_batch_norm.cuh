@@ -82,12 +82,12 @@ FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kMostStepThreads<ComputeOf<Storage>>, 1) 
     for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent[gate].normalised(a[gate]) * recurrent[gate].gain;
     CellTrace<Compute> trace = trace_cell<Storage>(step, row, unit, activated(z));
     if (!in.options.norm_cell) {
-      const Compute through_output = leave_output(trace, trace.candidate);
+      const Compute through_output = leave_output_of<Storage>(step, row, unit, trace, trace.candidate);
       add_recurrent(release_cell<Storage>(step, row, unit, trace, through_output), row);
       continue;
     }
     const Compute x_hat = cell.normalised(trace.candidate);
-    const Compute grad = leave_output(trace, x_hat * cell.gain + cell_shift);
+    const Compute grad = leave_output_of<Storage>(step, row, unit, trace, x_hat * cell.gain + cell_shift);
     static_cast<Compute*>(loop.grad_cell_normalised)[row.results * H + unit] = grad;
     static_cast<Compute*>(loop.cell_normalised)[row.results * H + unit] = x_hat;
     cell_sums[0] += grad;

@@ -76,14 +76,14 @@ FUSEDREG_KERNEL FUSEDREG_LAUNCH_BOUNDS(kMostStepThreads<ComputeOf<Storage>>, 1) 
     for (int gate = 0; gate < 4; ++gate) z[gate] += recurrent.normalised(a[gate]) * recurrent_gain(gate, unit);
     CellTrace<Compute> trace = trace_cell<Storage>(step, row, unit, activated(z));
     if (!in.options.norm_cell) {
-      const Compute through_output = leave_output(trace, trace.candidate);
+      const Compute through_output = leave_output_of<Storage>(step, row, unit, trace, trace.candidate);
       add_recurrent(release_cell<Storage>(step, row, unit, trace, through_output), unit);
       continue;
     }
     const Compute gain = norm_parameter<Storage>(in.norm.cell_weight, unit, Compute(1));
     const Compute x_hat = cell.normalised(trace.candidate);
-    const Compute grad =
-        leave_output(trace, x_hat * gain + norm_parameter<Storage>(in.norm.cell_bias, unit, Compute(0)));
+    const Compute grad = leave_output_of<Storage>(
+        step, row, unit, trace, x_hat * gain + norm_parameter<Storage>(in.norm.cell_bias, unit, Compute(0)));
     static_cast<Compute*>(loop.grad_cell_normalised)[row.results * H + unit] = grad;
     static_cast<Compute*>(loop.cell_normalised)[row.results * H + unit] = x_hat;
     // The product goes through memory, rounded: over a single unit its mean is subtracted from it, and the two must

@@ -17,11 +17,11 @@ inline int whole_warps(int64_t threads, int most) {
   return static_cast<int>(rounded < most ? rounded : most);
 }
 
-// One thread a cell.
-inline Launch cells_launch(const LayerInputs& in, void* stream) {
+// A thread for each of `units` units of every row.
+inline Launch units_launch(const LayerInputs& in, int64_t units, void* stream) {
   Launch launch;
-  launch.threads = whole_warps(in.hidden_size, 256);
-  launch.grid_x = static_cast<int>(in.rows * ((in.hidden_size + launch.threads - 1) / launch.threads));
+  launch.threads = whole_warps(units, 256);
+  launch.grid_x = static_cast<int>(in.rows * ((units + launch.threads - 1) / launch.threads));
   launch.stream = stream;
   return launch;
 }
@@ -29,7 +29,7 @@ inline Launch cells_launch(const LayerInputs& in, void* stream) {
 // The fused kernel of a step.
 template <class Compute>
 Launch step_launch(const LayerInputs& in, void* stream) {
-  Launch launch = cells_launch(in, stream);
+  Launch launch = units_launch(in, in.hidden_size, stream);
   switch (in.options.norm) {
     case NormKind::None: return launch;
     case NormKind::Layer:

@@ -27,12 +27,42 @@ FUSEDREG_DEVICE void read_terms(const LoopInputs& layer, const StepRow& row, int
   for (int gate = 0; gate < 4; ++gate) terms[gate] += bias[gate * H];
 }
 
-// In kernels without sums a thread has one cell, and a block cells of one row. False beyond the last unit.
-FUSEDREG_DEVICE bool cell_of_thread(const LayerInputs& in, int64_t& b, int64_t& unit) {
-  const int blocks_per_row = static_cast<int>((in.hidden_size + block_threads() - 1) / block_threads());
+// In kernels without sums a thread has one of `units` units of a row, and a block units of one row. False beyond the
+// last unit.
+FUSEDREG_DEVICE bool unit_of_thread(int64_t units, int64_t& b, int64_t& unit) {
+  const int blocks_per_row = static_cast<int>((units + block_threads() - 1) / block_threads());
   b = block_index() / blocks_per_row;
   unit = static_cast<int64_t>(block_index() % blocks_per_row) * block_threads() + thread_index();
-  return unit < in.hidden_size;
+  return unit < units;
+}
+
+// Units of a kernel that has to do with h and c alike.
+FUSEDREG_HOST_DEVICE inline int64_t most_units(const LayerInputs& in) {
+  return in.hidden_size > in.projected_size ? in.hidden_size : in.projected_size;
+}
+
+// A projection's products read u, and on the way back what reaches u W_hr^T, which unlike h nobody else has rounded to
+// storage: rounded here, it would be the largest error of all in 16 bits. So it comes in two parts, rounded and rest,
+// whose products are added.
+constexpr int parts_of(bool narrow) { return narrow ? 2 : 1; }
+
+// `stride`: from the first part to the second.
+template <class Storage, class Compute = ComputeOf<Storage>>
+FUSEDREG_DEVICE void store_parts(void* to, int64_t at, int64_t stride, Compute value) {
+  Storage* const first = static_cast<Storage*>(to) + at;
+  first[0] = narrow<Storage>(value);
+  if constexpr (kNarrow<Storage>) first[stride] = narrow<Storage>(value - widen(first[0]));
+}
+
+template <class Storage, class Compute = ComputeOf<Storage>>
+FUSEDREG_DEVICE Compute sum_of_parts(const Compute* products, int64_t at, int64_t stride) {
+  if constexpr (kNarrow<Storage>) return products[at] + products[at + stride];
+  return products[at];
+}
+
+// The masks' key of a row.
+FUSEDREG_DEVICE MaskKey row_key(const LoopInputs& layer, uint32_t layer_direction, int64_t b) {
+  return key_of_row(layer.seed, mask_key(layer.seed, layer_direction), b);
 }
 
 constexpr int kWarp = 32;

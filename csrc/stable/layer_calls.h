@@ -10,21 +10,6 @@
 
 namespace fusedreg::stable {
 
-// What the kernels of a device do not have yet. Whoever calls an operator is told, and gets nothing that is wrong.
-struct Missing {
-  bool projection = false, grouped_seed = false, probes = false, gradient_groups = false;
-
-  void check(const char* name, const LayerInputs& in) const {
-    if (projection && in.weight_hr != nullptr) {
-      fail(name, ": weight_hr: expected None, for these kernels have no projection, got a tensor; call the reference");
-    }
-    if (grouped_seed && in.grouped_seed) {
-      fail(name, ": seed: expected a 0-dimensional tensor, for these kernels take one seed a call, got (S, 2); call ",
-           "once a group");
-    }
-  }
-};
-
 // An operator's results, in the schema's order. An absent one is an empty tensor of shape (0,), never a view of
 // another.
 class Results {
@@ -52,8 +37,7 @@ class ForwardCall {
  public:
   static constexpr const char* kName = "fusedreg::lstm_layer_forward";
 
-  ForwardCall(StableIValue* stack, Place place, const Missing& missing)
-      : ForwardCall(ArgumentReader(stack), place, missing) {}
+  ForwardCall(StableIValue* stack, Place place) : ForwardCall(ArgumentReader(stack), place) {}
   ForwardCall(const ForwardCall&) = delete;
 
   LayerArguments layer;
@@ -61,10 +45,8 @@ class ForwardCall {
   ForwardParams params;
 
  private:
-  ForwardCall(ArgumentReader reader, Place place, const Missing& missing)
-      : layer(kName, reader, /*with_saved=*/false), results(layer) {
+  ForwardCall(ArgumentReader reader, Place place) : layer(kName, reader, /*with_saved=*/false), results(layer) {
     params.in = layer.check(place);
-    missing.check(kName, params.in);
     if (layer.options.gradient_groups > 1) {
       fail(kName, ": options[14]: expected 0 or 1 gradient groups in the forward, got ", layer.options.gradient_groups);
     }
@@ -127,8 +109,7 @@ class BackwardCall {
  public:
   static constexpr const char* kName = "fusedreg::lstm_layer_backward";
 
-  BackwardCall(StableIValue* stack, Place place, const Missing& missing)
-      : BackwardCall(ArgumentReader(stack), place, missing) {}
+  BackwardCall(StableIValue* stack, Place place) : BackwardCall(ArgumentReader(stack), place) {}
   BackwardCall(const BackwardCall&) = delete;
 
   OptionalTensor grad_output, grad_final_hidden, grad_final_cell, grad_cells;
@@ -139,7 +120,7 @@ class BackwardCall {
   void* second_grad_bias = nullptr;
 
  private:
-  BackwardCall(ArgumentReader reader, Place place, const Missing& missing)
+  BackwardCall(ArgumentReader reader, Place place)
       : layer(kName, take_gradients(reader), /*with_saved=*/true), results(layer) {
     const auto needed = reader.take<std::vector<bool>>();
     params.in = layer.check(place);
@@ -147,16 +128,8 @@ class BackwardCall {
     if (needed.size() != kNumberOfGradients) {
       fail(kName, ": needed: expected ", int{kNumberOfGradients}, " flags, got ", needed.size());
     }
-    missing.check(kName, params.in);
-    if (missing.probes && (needed[kHiddenProbe] || needed[kCellProbe])) {
-      fail(kName, ": needed: these kernels have no gradients of probes; call the reference");
-    }
     const int64_t groups = layer.options.gradient_groups;
     if (groups > 1) layer.check_groups("options[14]", groups);
-    if (groups > 1 && missing.gradient_groups) {
-      fail(kName, ": options[14]: expected 0 or 1 gradient groups with these kernels, got ", groups,
-           "; call once a group");
-    }
     check_gradients();
     allocate(needed);
   }

@@ -19,17 +19,18 @@ class LibraryProducts final : public cuda::Products {
   void multiply(const cuda::Matrix& out, const cuda::Matrix& a, const cuda::Matrix& b) override {
     Tensor result = view(out), left = view(a), right = view(b);
     const auto from = [](const auto& value) { return torch::stable::detail::from(value); };
+    const char* const name = out.count == 1 ? "aten::mm" : "aten::bmm";
     if (out.type == a.type) {
       std::array<StableIValue, 3> stack{from(left), from(right), from(result)};
-      call("aten::mm", "out", stack.data());
+      call(name, "out", stack.data());
     } else if (device_.is_cpu()) {
       // torch's wide results are CUDA's alone. The emulation's numbers are small: widen the factors.
       Tensor wide_left = widened(left), wide_right = widened(right);
       std::array<StableIValue, 3> stack{from(wide_left), from(wide_right), from(result)};
-      call("aten::mm", "out", stack.data());
+      call(name, "out", stack.data());
     } else {
       std::array<StableIValue, 4> stack{from(left), from(right), from(type_of(out.type)), from(result)};
-      call("aten::mm", "dtype_out", stack.data());
+      call(name, "dtype_out", stack.data());
     }
   }
 
@@ -44,11 +45,13 @@ class LibraryProducts final : public cuda::Products {
     fail("fusedreg: no such type");
   }
 
+  // Of one matrix two dimensions, of several three.
   Tensor view(const cuda::Matrix& matrix) const {
-    const std::array<int64_t, 2> sizes{matrix.rows, matrix.columns};
-    const std::array<int64_t, 2> strides{matrix.row_stride, matrix.column_stride};
-    return torch::stable::from_blob(const_cast<void*>(matrix.data), {sizes.data(), 2}, {strides.data(), 2}, device_,
-                                    type_of(matrix.type));
+    const std::array<int64_t, 3> sizes{matrix.count, matrix.rows, matrix.columns};
+    const std::array<int64_t, 3> strides{matrix.count_stride, matrix.row_stride, matrix.column_stride};
+    const size_t first = matrix.count == 1 ? 1 : 0;
+    return torch::stable::from_blob(const_cast<void*>(matrix.data), {sizes.data() + first, 3 - first},
+                                    {strides.data() + first, 3 - first}, device_, type_of(matrix.type));
   }
 
   static Tensor widened(const Tensor& tensor) {

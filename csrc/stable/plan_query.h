@@ -11,8 +11,8 @@
 
 namespace fusedreg::stable {
 
-// After the operator's name. `sizes`: T, B, I, H. `dtype`: one of ScalarType in common/params.h. `device`:
-// multiprocessors, shared bytes a block, and the compute capability's two numbers.
+// After the operator's name. `sizes`: T, B, I, H, P (H without a projection). `dtype`: one of ScalarType in
+// common/params.h. `device`: multiprocessors, shared bytes a block, and the compute capability's two numbers.
 constexpr const char* kPlanArguments =
     "(int[] sizes, int dtype, float[] rates, int[] options, bool tf32_allowed, int[] device) -> str";
 
@@ -30,8 +30,8 @@ struct PlanQuery {
     tf32_allowed = reader.take<bool>();
     const auto device = reader.take<std::vector<int64_t>>();
     check_option_counts(name, rates, options);
-    if (sizes.size() != 4 || device.size() != 4 || dtype < 0 || dtype > 3) {
-      fail(name, ": expected 4 sizes, a dtype from 0 to 3 and 4 numbers of the device, got ", sizes.size(), ", ", dtype,
+    if (sizes.size() != 5 || device.size() != 4 || dtype < 0 || dtype > 3) {
+      fail(name, ": expected 5 sizes, a dtype from 0 to 3 and 4 numbers of the device, got ", sizes.size(), ", ", dtype,
            " and ", device.size());
     }
     for (const int64_t size : sizes) {
@@ -40,7 +40,8 @@ struct PlanQuery {
     in.steps = sizes[0];
     in.rows = sizes[1];
     in.input_size = sizes[2];
-    in.hidden_size = in.projected_size = sizes[3];
+    in.hidden_size = sizes[3];
+    in.projected_size = sizes[4];
     in.dtype = static_cast<fusedreg::ScalarType>(dtype);
     in.rates = decode_rates(name, rates);
     in.options = decode_options(name, options);

@@ -58,13 +58,14 @@ def availability(backend: str) -> Availability:
 
 def check_name(backend: Any) -> None:
     """Raise a :class:`ValueError` (a :class:`TypeError` for another type) unless ``backend`` names one."""
+    if isinstance(backend, str) and backend in BACKENDS:
+        return
     names = ", ".join(repr(name) for name in BACKENDS)
     if not isinstance(backend, str):
         raise TypeError(
             f"backend: expected one of {names}, got {backend!r} of type {type(backend).__name__}; pass a string"
         )
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {names}, got {backend!r}; leave it out for 'auto'")
+    raise ValueError(f"backend: expected one of {names}, got {backend!r}; leave it out for 'auto'")
 
 
 def resolve(
@@ -211,6 +212,7 @@ def explain(
                 input_size=hidden_size if input_size is None else input_size,
                 hidden_size=hidden_size,
                 regularization=Regularization() if regularization is None else regularization,
+                proj_size=proj_size,
                 device=device,
             )
             lines += [f"             {line}" for line in tiers.splitlines()]

@@ -90,7 +90,20 @@ def _load(path: Path) -> Availability:
         return Availability(
             False, f"the compiled extension {path} is of version {built}, the Python files of {__version__}; {_REBUILD}"
         )
+    driver, runtime = torch.ops.fusedreg._cuda_versions()
+    # A driver runs what was built with its own major version of CUDA or an older one.
+    if driver // 1000 < runtime // 1000:
+        return Availability(
+            False,
+            f"the NVIDIA driver runs CUDA up to {_cuda_release(driver)}, and the compiled extension {path} is built "
+            f"with CUDA {_cuda_release(runtime)}; update the driver, or build with nvcc of CUDA {driver // 1000}: "
+            f"{_REBUILD}",
+        )
     return Availability(True)
+
+
+def _cuda_release(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 _ages: dict[int | None, str] = {}
@@ -120,19 +133,15 @@ def unsupported(
     Args:
         device: of the input.
         dtype: of the input.
-        proj_size: of the module, 0 without a projection.
+        proj_size: of the module, 0 without a projection; these kernels have projections.
         process_group: whether a batch norm shares its statistics between processes.
-        probes: whether probes are to be differentiated.
+        probes: whether probes are to be differentiated; these kernels do.
     """
     if device.type != "cuda":
         return f"device: expected cuda, got {device}; move module and input to the GPU, for instance with .cuda()"
     reason = without_kernel(dtype, process_group=process_group)
     if reason is not None:
         return reason
-    if proj_size:
-        return f"proj_size={proj_size}: these kernels have no projection"
-    if probes:
-        return "probes: these kernels do not differentiate them"
     state = load()
     if not state.available:
         return state.reason
@@ -168,6 +177,7 @@ def plan(
     input_size: int,
     hidden_size: int,
     regularization: Regularization,
+    proj_size: int = 0,
     training: bool = True,
     device: torch.device | None = None,
 ) -> str:
@@ -180,15 +190,16 @@ def plan(
         dtype: of the input.
         steps, batch_size, input_size, hidden_size: ``T``, ``B``, ``I`` and ``H``.
         regularization: the layer's options, as of the only layer of a module.
+        proj_size: ``P``, 0 without a projection.
         training: whether masks are drawn and batch statistics taken.
-        device: the GPU itself, to be asked how many blocks a cluster can have. Without it 8 are assumed, which every
-            device that has clusters can.
+        device: the GPU itself, to be asked how many clusters it holds. Without it, one of up to 8 blocks for every 8
+            multiprocessors, and none of more, is assumed.
     """
     from fusedreg.encoding import SAVE_GATES, encode_options
 
     options = regularization.layer_options(0, 1, 0, training, False, False)
     rates, flags, _ = encode_options(options, SAVE_GATES)
-    sizes = [steps, batch_size, input_size, hidden_size]
+    sizes = [steps, batch_size, input_size, hidden_size, proj_size or hidden_size]
     tf32 = allows_tf32()
     arguments = (sizes, _SCALAR_TYPES[dtype], rates, flags, tf32, list(limits))
     if device is None:

@@ -34,8 +34,8 @@ void kept_activations(const int16_t* from, float* to, int64_t count, bool is_tan
 
 // Rates and options as fusedreg/ops.py encodes them. `steps` is [5][T][B][H]: update, cell, zone_hidden, zone_cell,
 // output; `hidden` is [4][B][H].
-void draw_masks(const double* rates, const int64_t* options, const int64_t* seed, int64_t T, int64_t B, int64_t H,
-                double* steps, double* hidden) {
+void draw_masks(const double* rates, const int64_t* options, const int64_t* seed, int64_t rows_a_group, int64_t T,
+                int64_t B, int64_t H, double* steps, double* hidden) {
   LayerInputs in;
   in.rates = {rates[0], rates[1], rates[2], rates[3], rates[4], rates[5], rates[6], rates[7], rates[8]};
   in.options.layer = static_cast<int32_t>(options[0]);
@@ -44,13 +44,14 @@ void draw_masks(const double* rates, const int64_t* options, const int64_t* seed
   in.options.untied_masks = options[3] != 0;
   in.options.update_mask_sequence = options[4] != 0;
   const LoopMasks<double> masks = loop_masks<double>(in);
-  const MaskKey key = mask_key(seed, masks.layer_direction);
+  const MaskSeed given{seed, static_cast<uint32_t>(rows_a_group)};
   for (int64_t b = 0; b < B; ++b) {
+    const MaskKey key = key_of_row(given, mask_key(given, masks.layer_direction), b);
     for (int64_t unit = 0; unit < H; ++unit) {
-      const SequenceMasks<double> sequence = sequence_masks(masks, key, b, unit);
+      const SequenceMasks<double> sequence = sequence_masks(masks, key, unit);
       for (int gate = 0; gate < 4; ++gate) hidden[(gate * B + b) * H + unit] = sequence.hidden[gate];
       for (int64_t t = 0; t < T; ++t) {
-        const StepMasks<double> step = step_masks(masks, key, sequence, b, unit, t);
+        const StepMasks<double> step = step_masks(masks, key, sequence, unit, t);
         const double values[5] = {step.update, step.cell, step.zone_hidden, step.zone_cell, step.output};
         for (int k = 0; k < 5; ++k) steps[((k * T + t) * B + b) * H + unit] = values[k];
       }

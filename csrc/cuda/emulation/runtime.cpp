@@ -51,7 +51,9 @@ std::string objection(const Launch& launch, const DeviceLimits& limits) {
            " blocks cannot be resident as a whole on " + std::to_string(limits.multiprocessors) + " multiprocessors";
   }
   if (launch.cluster > 1 && limits.major < 9) return "clusters need compute capability 9.0";
-  if (launch.cluster > kMostClusterBlocks) return "a cluster of " + std::to_string(launch.cluster) + " blocks";
+  if (launch.cluster > kMostClusterBlocks || (launch.cluster > 1 && launch.cluster > limits.multiprocessors)) {
+    return "a cluster of " + std::to_string(launch.cluster) + " blocks";
+  }
   if (launch.cluster > 1 && launch.grid_x % launch.cluster != 0) return "the grid is no multiple of the cluster";
   return "";
 }
@@ -96,10 +98,10 @@ void launch_kernel(const void* kernel, const char* pretty, const Launch& launch,
   }
 }
 
-int largest_cluster_of(const void*, const char*, int, size_t shared_bytes) {
+int resident_clusters_of(const void*, const char*, int, size_t shared_bytes, int cluster) {
   const DeviceLimits limits = device_limits();
   const bool fits = shared_bytes <= static_cast<size_t>(limits.shared_bytes_per_block);
-  return limits.major < 9 || !fits ? 0 : emulation::kMostClusterBlocks;
+  return limits.major < 9 || !fits || cluster > emulation::kMostClusterBlocks ? 0 : limits.multiprocessors / cluster;
 }
 
 DeviceLimits device_limits() { return emulation::device().limits; }
