@@ -214,7 +214,7 @@ def draw(results: harness.Results, folder: Path) -> None:
 
 def run(settings: harness.Settings) -> None:
     """Both problems, all variants, all seeds."""
-    steps, every = settings.pick(800, 20), settings.pick(40, 10)
+    steps, every = settings.pick(800, 10), settings.pick(40, 5)
     constants = {
         "hidden_size": HIDDEN,
         "learning_rate": RATE,

@@ -81,8 +81,17 @@ def settings(name: str, options: argparse.Namespace, arguments: Sequence[str] | 
         threads=options.threads,
         smoke=options.smoke,
         folder=options.out or REPOSITORY / "build" / "examples" / name,
-        command=" ".join(["python -m", f"examples.{name}", *given]),
+        command=" ".join(["python -m", f"examples.{name}", *_without_folder(given)]),
     )
+
+
+def _without_folder(arguments: list[str]) -> list[str]:
+    """A command line but for where its results went: that says nothing about them."""
+    kept = [argument for argument in arguments if not argument.startswith("--out=")]
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return kept
 
 
 @dataclass
