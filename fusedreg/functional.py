@@ -141,11 +141,12 @@ def run_stack(
         initial: tuple[Tensor | None, Tensor | None] = (None, None)
         if state is not None:
             initial = state[0][place], state[1][place]
-        own_seed, own_running = seed if options.draws else None, running[place] if running else None
-        watched: dict[str, Any] = {}
+        own_seed = seed if plan.draws and options.draws else None
+        own_running = running[place] if running else None
+        probes = None
         if recording is not None:
             call = LayerCall(input, *initial, layers[place], options, lengths, reset, own_seed, own_running)
-            watched["probes"] = recording.probes(call)
+            probes = recording.probes(call)
         result = layer_function(
             input,
             *initial,
@@ -155,7 +156,7 @@ def run_stack(
             reset=reset,
             seed=own_seed,
             running=own_running,
-            **watched,
+            probes=probes,
         )
         if recording is not None:
             recording.seen(call, result)
@@ -240,10 +241,12 @@ def run(
         validation.check_batch_norm_rows(rows)
     recording = None if recorder is None else recorder.begin(Layout(batched, batch_first, packed, host_lengths))
     layer_function = _layer_function(backend, plan, x, probes=recording is not None and recording.differentiates)
-    statistics_read = [
-        running_statistics.read_running(buffers, options, steps, x.dtype, lengths=lengths)
-        for buffers, options in zip(running or (), plan.options, strict=running is not None)
-    ]
+    statistics_read: list[RunningStatistics | None] = []
+    if running is not None:
+        statistics_read = [
+            running_statistics.read_running(buffers, options, steps, x.dtype, lengths=lengths)
+            for buffers, options in zip(running, plan.options, strict=True)
+        ]
     seed_tensor = _seed(plan, seed, generator, x.device)
 
     stack = run_stack(plan, layer_function, x, state, layers, statistics_read, lengths, reset, seed_tensor, recording)

@@ -108,7 +108,7 @@ def check_state(hx: Any, architecture: Architecture, input: Tensor, rows: int | 
                 f"torch.zeros of the right shape"
             )
         expected = (cells, size) if rows is None else (cells, rows, size)
-        if state.dim() != len(expected) or any(a != b for a, b in zip(state.shape, expected, strict=True)):
+        if state.shape != expected:
             raise InputError(
                 f"hx: expected {name} of shape {expected} (layers * directions{'' if rows is None else ', rows'}, "
                 f"size), got {tuple(state.shape)}; batch_first does not apply to states"
