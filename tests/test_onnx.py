@@ -61,7 +61,9 @@ def arguments(program: Program, given: set[str], steps: int, rows: int, seed: in
         "input": input,
         "lengths": lengths if "lengths" in given else None,
         "reset": torch.rand(steps, rows, generator=generator) < 0.3 if "reset" in given else None,
-        "h": torch.randn(states, rows, 4, generator=generator, dtype=dtype) if "state" in given else None,  # type: ignore[arg-type]
+        "h": torch.randn(states, rows, program.lstm.proj_size or 4, generator=generator, dtype=dtype)  # type: ignore[arg-type]
+        if "state" in given
+        else None,
         "c": torch.randn(states, rows, 4, generator=generator, dtype=dtype) if "state" in given else None,  # type: ignore[arg-type]
     }
 
@@ -92,6 +94,8 @@ CASES: dict[str, tuple[set[str], dict[str, Any], dict[str, int]]] = {
         {"zoneout_cell": 0.2, "zoneout_hidden": 0.1, "cell_dropout": 0.3, "bidirectional": True},
         {"Loop": 2},
     ),
+    "projection": ({"lengths", "state"}, {"proj_size": 3, "num_layers": 2, "bidirectional": True}, {"Loop": 4}),
+    "projection and norm": (set(), {"proj_size": 2, "norm": fusedreg.LayerNorm(), "zoneout_hidden": 0.2}, {"Loop": 1}),
     "resets and cells": (
         {"reset", "lengths"},
         {"cells": True, "zoneout_output": "candidate", "zoneout_hidden": 0.2},

@@ -24,6 +24,8 @@ def standardised(values: Float, eps: Float) -> Float:
 def steps(
     terms: Float,
     weight: Float,
+    projection: Float,
+    projected,
     recurrent_scale,
     recurrent_shift,
     cell_scale,
@@ -40,7 +42,7 @@ def steps(
     cell_norm,
     eps,
 ) -> Float:
-    """``(T, B, 3H)``: every y, h and c, in processed order. Functions cannot call each other here."""
+    """``(T, B, 2P + H)``: every y, h and c, in processed order. Functions cannot call each other here."""
     h = initial_hidden
     c = initial_cell
     zero = eps - eps
@@ -63,6 +65,10 @@ def steps(
         inner = cell_norm * (centred_cell / cell_deviation) + (one - cell_norm) * candidate
         inner = inner * op.Gather(cell_scale, s) + op.Gather(cell_shift, s)
         candidate_h = op.Sigmoid(o) * op.Tanh(inner)
+        if projected:
+            candidate_h = op.MatMul(candidate_h, projection)
+        else:
+            candidate_h = op.Identity(candidate_h)
         new_h = zoneout_hidden * previous_h + (one - zoneout_hidden) * candidate_h
         new_c = zoneout_cell * previous_c + (one - zoneout_cell) * candidate
         y = candidate_output * candidate_h + (one - candidate_output) * new_h

@@ -46,11 +46,7 @@ class _Translation:
                 f"ONNX export: expected float32 or float64, got {tensors['input'].dtype.name}; export model.float() "
                 f"and convert the ONNX file"
             )
-        if tensors["weight_hr"] is not None:
-            raise ValueError(
-                "ONNX export: expected an LSTM without proj_size, for ONNX's has none; pass backend='reference'"
-            )
-        self.hidden_size = int(tensors["weight_hh"].shape[1])
+        self.hidden_size, self.output_size = int(tensors["weight_hh"].shape[0]) // 4, int(tensors["weight_hh"].shape[1])
 
     def number(self, value: float) -> Any:
         """A constant of the layer's type, unrounded."""
@@ -63,10 +59,13 @@ class _Translation:
         tensors = self.tensors
         self.steps = op.Shape(tensors["input"], start=0, end=1)
         self.rows = op.Shape(tensors["input"], start=1, end=2)
-        state_shape = op.Concat(self.rows, self.integers(self.hidden_size), axis=0)
-        zeros = op.Expand(self.number(0.0), state_shape)
-        self.hidden = zeros if tensors["initial_hidden"] is None else tensors["initial_hidden"]
-        self.cell = zeros if tensors["initial_cell"] is None else tensors["initial_cell"]
+        self.hidden, self.cell = (
+            op.Expand(self.number(0.0), op.Concat(self.rows, self.integers(size), axis=0)) if given is None else given
+            for given, size in (
+                (tensors["initial_hidden"], self.output_size),
+                (tensors["initial_cell"], self.hidden_size),
+            )
+        )
         self.lengths = self.valid = None
         self.input = tensors["input"]
         if tensors["lengths"] is not None:
@@ -75,7 +74,8 @@ class _Translation:
             self.valid = op.Less(op.Unsqueeze(positions, self.integers(1)), self.lengths)  # (T, B)
             self.input = op.Where(self._columns(self.valid), self.input, self.number(0.0))  # padding may hold NaN
         acts = any(self.rates[name] for name in ("zoneout_hidden", "zoneout_cell", "cell_dropout"))
-        plain = self.kind == NORM_NONE and not acts and not self.return_cells and tensors["reset"] is None
+        plain = self.kind == NORM_NONE and not acts and not self.return_cells
+        plain = plain and tensors["reset"] is None and tensors["weight_hr"] is None
         found = self._node() if plain else self._loop()
         # Nothing of an exported graph reads the rest, which the optimiser takes out again.
         return (*found, *(op.Constant(value_floats=[0.0]) for _ in range(_NUMBER_OF_RESULTS - len(found))))
@@ -131,9 +131,12 @@ class _Translation:
         valid = op.Expand(true, every) if self.valid is None else self.valid
         reset = op.Expand(false, every) if tensors["reset"] is None else tensors["reset"]
         layer_norm = self.kind == NORM_LAYER
+        projected = tensors["weight_hr"] is not None
         states = steps(
             terms,
             op.Transpose(tensors["weight_hh"], perm=[1, 0]),
+            op.Transpose(tensors["weight_hr" if projected else "weight_hh"], perm=[1, 0]),
+            true if projected else false,
             *self._per_step("recurrent", self.sites[1]),
             *self._per_step("cell", self.sites[2]),
             self.hidden,
@@ -148,7 +151,11 @@ class _Translation:
             self.number(float(layer_norm and self.sites[2])),
             self.number(self.norm_eps if layer_norm else 1.0),  # divides also where its result is not used
         )
-        output, hidden, cell = op.Split(states, axis=2, num_outputs=3)
+        ends = (0, self.output_size, 2 * self.output_size, 2 * self.output_size + self.hidden_size)
+        output, hidden, cell = (
+            op.Slice(states, self.integers(begin), self.integers(end), self.integers(2))
+            for begin, end in zip(ends, ends[1:], strict=False)
+        )
         last = op.Constant(value_int=-1)
         finals = op.Gather(hidden, last, axis=0), op.Gather(cell, last, axis=0)
         if self.valid is not None:
