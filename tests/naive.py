@@ -26,7 +26,9 @@ class Naive:
         options: LayerOptions,
         made: LayerMasks,
         running: RunningStatistics | None,
+        probes: tuple[Tensor, Tensor] | None = None,
     ) -> None:
+        self.probes = probes
         self.p, self.o, self.made, self.running = parameters, options, made, running
         self.hidden_size = parameters.weight_ih.shape[0] // 4
         self.output_size = parameters.weight_hh.shape[1]
@@ -114,7 +116,8 @@ class Naive:
             if o.cell_dropout:
                 dropped = self.made.cell_dropout
                 new_c = new_c * ((1 - o.cell_dropout) if dropped is None else 1.0 - dropped[rows].double())
-            new_h = out.sigmoid() * self.norm("cell", new_c, s).tanh()
+            read_c = new_c if self.probes is None else new_c + self.probes[1][ts, rows]
+            new_h = out.sigmoid() * self.norm("cell", read_c, s).tanh()
             if p.weight_hr is not None:
                 new_h = F.linear(new_h, p.weight_hr)
             zone_c: Tensor | float = o.zoneout_cell
@@ -127,6 +130,8 @@ class Naive:
                 zone_h = self.made.zoneout_hidden[ts, rows].double()
             next_c = zone_c * cs + (1 - zone_c) * new_c
             next_h = zone_h * hs + (1 - zone_h) * new_h
+            if self.probes is not None:
+                next_h, next_c = next_h + self.probes[0][ts, rows], next_c + self.probes[1][ts, rows]
             y = new_h if o.zoneout_output == "candidate" else next_h
             y = y * self.kept("output_dropout", rows) * self.kept("dropout", (ts, rows))
             for position, (t, b) in enumerate(zip(ts, rows, strict=True)):

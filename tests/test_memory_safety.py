@@ -25,6 +25,7 @@ NAMES = [
     "everything_untied",
     "everything_batch_norm",
     "everything_layer_norm",
+    "projected",
 ]
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -32,7 +33,9 @@ every_name = pytest.mark.parametrize("name", NAMES)
 
 
 def case_of(name: str, **changes: Any) -> LayerCase:
-    return replace(LayerCase(name, regularization=REGULARIZERS[name], ragged=True, resets=True), **changes)
+    regularization = REGULARIZERS["everything" if name == "projected" else name]
+    case = LayerCase(name, regularization=regularization, ragged=True, resets=True)
+    return replace(case, proj_size=4 if name == "projected" else 0, **changes)
 
 
 def called(
@@ -298,7 +301,7 @@ def test_empty_batch(backend: str, name: str, dtype: torch.dtype) -> None:
     case = case_of(name, rows=0, dtype=dtype)
     arguments = make_arguments(case, 0)
     values = run_layer(implementation(backend), case, arguments)
-    assert values["output"].shape == (case.steps, 0, case.hidden_size)
+    assert values["output"].shape == (case.steps, 0, case.proj_size or case.hidden_size)
     assert values["final_cell"].shape == (0, case.hidden_size)
     assert values["grad input"].shape == (case.steps, 0, case.input_size)
     for key in ("grad weight_ih", "grad weight_hh", "grad bias_ih", "grad bias_hh"):

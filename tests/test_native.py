@@ -23,7 +23,7 @@ def drivers() -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("name", list(native_build.instruction_sets()))
 def test_any_team_gives_the_same_bits(drivers: tuple[Path, Path], name: str) -> None:
-    """Teams of 1 to 5, two callers at once, twelve kinds of layer."""
+    """Teams of 1 to 5, two callers at once, fourteen kinds of layer."""
     answer = subprocess.run([drivers[0], name], capture_output=True, text=True, check=False)
     if answer.returncode == 77:
         pytest.skip(answer.stderr.strip())

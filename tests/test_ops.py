@@ -101,13 +101,14 @@ def _description(tensors: Any) -> list[Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_fakes_are_like_the_kernels(name: str, save: int, training: bool, dtype: torch.dtype) -> None:
     """Shapes, strides and types, forward and backward."""
-    case = make_case(name, training=training, dtype=dtype, return_cells=training)
+    extras = {"proj_size": 2, "probes": True} if training else {}
+    case = make_case(name, training=training, dtype=dtype, return_cells=training, **extras)
     arguments = operator_arguments(case, save)
     calls = [(torch.ops.fusedreg.lstm_layer_forward.default, arguments)]
     if save != ops.SAVE_NOTHING:
         backward = backward_arguments(case, save)
         calls.append((torch.ops.fusedreg.lstm_layer_backward.default, backward))
-        backward = [*backward[:-1], [position % 2 == 0 and position < 14 for position in range(16)]]
+        backward = [*backward[:-1], [position % 2 == 0 for position in range(16)]]
         calls.append((torch.ops.fusedreg.lstm_layer_backward.default, backward))
     for operator, real in calls:
         with FakeTensorMode() as mode:
@@ -119,9 +120,11 @@ def test_fakes_are_like_the_kernels(name: str, save: int, training: bool, dtype:
 @compiled
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
-@pytest.mark.parametrize("shape", ["plain", "ragged"])
+@pytest.mark.parametrize("shape", ["plain", "ragged and projected"])
 def test_opcheck_forward(name: str, save: int, shape: str) -> None:
-    case = make_case(name, ragged=shape == "ragged", resets=shape == "ragged")
+    case = make_case(name)
+    if shape != "plain":
+        case = dataclasses.replace(case, ragged=True, resets=True, proj_size=2, probes=True)
     arguments = operator_arguments(case, save, requires_grad=save != ops.SAVE_NOTHING)
     opcheck(torch.ops.fusedreg.lstm_layer_forward.default, arguments)
 
@@ -130,7 +133,8 @@ def test_opcheck_forward(name: str, save: int, shape: str) -> None:
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("save", [ops.SAVE_GATES, ops.SAVE_RECOMPUTE], ids=["gates", "recompute"])
 def test_opcheck_backward(name: str, save: int) -> None:
-    opcheck(torch.ops.fusedreg.lstm_layer_backward.default, backward_arguments(make_case(name), save))
+    case = make_case(name, proj_size=2, probes=True) if save == ops.SAVE_RECOMPUTE else make_case(name)
+    opcheck(torch.ops.fusedreg.lstm_layer_backward.default, backward_arguments(case, save))
 
 
 @compiled
@@ -154,6 +158,7 @@ def run(function: Any, case: LayerCase, tensors: list[Tensor], arguments: Any) -
         reset=arguments.reset,
         seed=arguments.seed,
         running=arguments.running,
+        probes=None if arguments.probes is None else tuple(given),
     )
     return tuple(value for value in result[:4] if value is not None)
 
@@ -161,6 +166,7 @@ def run(function: Any, case: LayerCase, tensors: list[Tensor], arguments: Any) -
 def prepare(case: LayerCase) -> tuple[list[Tensor], Any]:
     arguments = make_arguments(case, seed=2)
     leaves = [arguments.input, arguments.initial_hidden, arguments.initial_cell, *arguments.parameters]
+    leaves += arguments.probes or ()
     return [leaf.clone().requires_grad_() for leaf in leaves if leaf is not None], arguments
 
 
@@ -172,11 +178,12 @@ def objective(results: tuple[Tensor, ...]) -> Tensor:
 @compiled
 @pytest.mark.parametrize("name", ["none", *[name for name in NAMED if name != "none"], "batch_norm_sequence"])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", ["plain", "ragged"])
+@pytest.mark.parametrize("shape", ["plain", "ragged and projected"])
 def test_double_backward_is_the_references(name: str, training: bool, shape: str) -> None:
-    """First and second derivatives, in training and evaluation, with lengths and resets."""
-    ragged = shape == "ragged"
-    case = make_case(name, dtype=torch.float64, training=training, ragged=ragged, resets=ragged, direction=int(ragged))
+    """First and second derivatives, in training and evaluation; with lengths, resets, a projection and probes."""
+    case = make_case(name, dtype=torch.float64, training=training)
+    if shape != "plain":
+        case = dataclasses.replace(case, ragged=True, resets=True, direction=REVERSE, proj_size=2, probes=True)
     tensors, arguments = prepare(case)
 
     def derivatives(function: Any) -> list[Tensor]:

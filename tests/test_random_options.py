@@ -73,12 +73,15 @@ def regularizations(draw: st.DrawFn) -> Regularization:
 def cases(draw: st.DrawFn) -> LayerCase:
     num_layers = draw(st.integers(1, 3))
     flags = st.booleans()
+    hidden_size = draw(st.one_of(st.integers(1, 9), st.integers(10, 70)))
     return LayerCase(
         "random",
         steps=draw(st.integers(1, 9)),
         rows=draw(st.one_of(st.integers(1, 6), st.integers(7, 34))),
         input_size=draw(st.one_of(st.integers(1, 5), st.integers(6, 70))),
-        hidden_size=draw(st.one_of(st.integers(1, 9), st.integers(10, 70))),
+        hidden_size=hidden_size,
+        proj_size=draw(st.one_of(st.just(0), st.integers(1, hidden_size))),
+        probes=draw(flags),
         regularization=draw(regularizations()),
         layer=draw(st.integers(0, num_layers - 1)),
         num_layers=num_layers,
@@ -97,7 +100,7 @@ def padding_is_zero(ours: dict[str, Tensor], case: LayerCase, lengths: Tensor | 
     if lengths is None:
         return
     padding = torch.arange(case.steps)[:, None] >= lengths.clamp(0, case.steps)[None, :]
-    for name in ("output", "cells", "grad input"):
+    for name in ("output", "cells", "grad input", "grad hidden_probe", "grad cell_probe"):
         if name in ours:
             assert (ours[name][padding] == 0).all(), f"{name} is not zero in padding"
 
@@ -189,6 +192,7 @@ def test_layer_within_budget(dtype: torch.dtype, case: LayerCase) -> None:
             dtype=dtype,
             regularization=regularization,
             hidden_size=max(case.hidden_size, 16),
+            proj_size=max(case.proj_size, 16) if case.proj_size else 0,
             rows=max(case.rows, 12),
         ),
     )
@@ -199,9 +203,11 @@ def test_layer_within_budget(dtype: torch.dtype, case: LayerCase) -> None:
 
 @st.composite
 def modules(draw: st.DrawFn) -> dict[str, Any]:
+    hidden_size = draw(st.integers(1, 20))
     return {
         "input_size": draw(st.integers(1, 12)),
-        "hidden_size": draw(st.integers(1, 20)),
+        "hidden_size": hidden_size,
+        "proj_size": draw(st.sampled_from([0, hidden_size // 2])),
         "num_layers": draw(st.integers(1, 3)),
         "bias": draw(st.booleans()),
         "batch_first": draw(st.booleans()),
@@ -253,8 +259,9 @@ def call_module(backend: str, made: dict[str, Any], call: dict[str, Any]) -> dic
     if call["reset"] and not made["bidirectional"] and call["kind"] != "packed":
         keywords["reset"] = torch.rand(layout, generator=generator) < 0.3
     states = made["num_layers"] * (2 if made["bidirectional"] else 1)
-    shape = (states, made["hidden_size"]) if unbatched else (states, rows, made["hidden_size"])
-    hx = (normal(*shape).requires_grad_(), normal(*shape).requires_grad_()) if call["hx"] else None
+    shape = (states,) if unbatched else (states, rows)
+    sizes = (made["proj_size"] or made["hidden_size"], made["hidden_size"])
+    hx = tuple(normal(*shape, size).requires_grad_() for size in sizes) if call["hx"] else None
 
     output, (hidden, cell), *cells = module(input, hx, **keywords)
     results = {"output": output, "hidden": hidden, "cell": cell}
@@ -281,6 +288,7 @@ EVERYTHING = Regularization(0.3, 0.3, 0.3, 0.3, 0.3, 0.1, 0.3, 0.2, 0.4)
     made={
         "input_size": 3,
         "hidden_size": 5,
+        "proj_size": 0,
         "num_layers": 2,
         "bias": True,
         "batch_first": True,

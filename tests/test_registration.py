@@ -54,7 +54,7 @@ def backward_arguments(case: LayerCase, save: int, needed: list[bool] | None = N
     differs = encoding.hidden_differs(named["rates"], named["options"])
     grads = [torch.ones_like(value) for value in (output, final_hidden, final_cell, cells)]
     values = [*grads, *(named[name] for name in encoding.TENSOR_ARGUMENTS), cells, hidden if differs else output]
-    values += [*saved, named["rates"], named["options"], named["norm_eps"], needed or [True] * 14 + [False] * 2]
+    values += [*saved, named["rates"], named["options"], named["norm_eps"], needed or [True] * 16]
     return dict(zip(BACKWARD_ARGUMENTS, values, strict=True))
 
 
@@ -104,13 +104,10 @@ def test_fakes_are_what_comes(name: str, save: str, training: bool) -> None:
         assert faked(backward, arguments) == layout(backward(*arguments.values()))
 
 
-@pytest.mark.parametrize("position", range(14))
+@pytest.mark.parametrize("position", range(16))
 def test_what_is_not_needed_is_empty(position: int) -> None:
-    case = LayerCase("everything_layer_norm", regularization=REGULARIZERS["everything_layer_norm"])
-    for needed in (
-        [place == position for place in range(16)],
-        [place not in (position, 14, 15) for place in range(16)],
-    ):
+    case = LayerCase("everything_layer_norm", proj_size=3, regularization=REGULARIZERS["everything_layer_norm"])
+    for needed in ([place == position for place in range(16)], [place != position for place in range(16)]):
         arguments = backward_arguments(case, encoding.SAVE_GATES, needed)
         results = backward(*arguments.values())
         assert [value.shape != (0,) for value in results] == needed
@@ -151,17 +148,19 @@ def one_dimension_more(value: Tensor) -> Tensor:
 
 BAD = {"dtype": wrong_dtype, "size": one_more, "rank": one_dimension_more}
 PLAIN = LayerCase("everything", regularization=REGULARIZERS["everything"], ragged=True, resets=True)
+PROJECTED = LayerCase("projected", proj_size=3, probes=True)
 LAYER_NORM = LayerCase("layer_norm", regularization=REGULARIZERS["layer_norm"])
 BATCH_NORM = LayerCase("batch_norm", regularization=REGULARIZERS["batch_norm"], ragged=True)
 TENSORS = [
     *((PLAIN, name) for name in encoding.TENSOR_ARGUMENTS[1:5] + encoding.TENSOR_ARGUMENTS[6:10]),
+    *((PROJECTED, name) for name in ("weight_hh", "weight_hr", "hidden_probe", "cell_probe")),
     *((LAYER_NORM, name) for name in encoding.TENSOR_ARGUMENTS[11:17]),
     *((BATCH_NORM, name) for name in encoding.TENSOR_ARGUMENTS[19:21]),
 ]
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize(("case", "name"), TENSORS, ids=[name for _, name in TENSORS])
+@pytest.mark.parametrize(("case", "name"), TENSORS, ids=[f"{case.name}-{name}" for case, name in TENSORS])
 def test_bad_tensors_of_the_forward(case: LayerCase, name: str, bad: str) -> None:
     arguments = forward_arguments(case)
     arguments[name] = BAD[bad](arguments[name])
@@ -237,9 +236,21 @@ OTHERS = [
     ({"seed": None}, "seed: expected a 0-dimensional int64 tensor, since a rate is active, got None"),
     ({"seed": torch.zeros(1, dtype=torch.int64)}, r"seed: expected shape \(\) = \(\), got \(1,\)"),
     ({"seed": torch.tensor(1.0)}, "seed: expected dtype int64, got float32"),
+    ({"seed": torch.zeros(5, 3, dtype=torch.int64)}, r"seed: expected shape \(S, 2\) = \(5, 2\), got \(5, 3\)"),
+    (
+        {"seed": torch.zeros(2, 2, dtype=torch.int64)},
+        "seed: expected a number of groups that divides the 5 rows, got 2",
+    ),
+    ({"seed": torch.tensor([[1, -1]])}, "seed: expected first steps of 0 to 4294967283, got -1"),
+    ({"seed": torch.tensor([[1, 2**32]])}, "seed: expected first steps of 0 to"),
     ({"input": torch.zeros(0, 5, 6)}, r"input: expected shape \(T, B, I\) with T >= 1, got \(0, 5, 6\)"),
     ({"input": torch.zeros(5, 6)}, r"input: expected shape \(T, B, I\) with T >= 1, got \(5, 6\)"),
     ({"input": torch.zeros(7, 5, 6, dtype=torch.int64)}, "input: expected dtype float32, .*, got int64"),
+    ({"weight_hr": torch.zeros(3, 11)}, r"weight_hr: expected shape \(P, H\) = \(11, 11\), got \(3, 11\)"),
+    (
+        {"weight_hr": torch.zeros(3, 11), "weight_hh": torch.zeros(3, 3)},
+        "weight_hh: expected shape .* with H and P >= 1",
+    ),
     ({"weight_hh": torch.zeros(0, 0)}, r"weight_hh: expected shape \(4H, H\) with H >= 1, got \(0, 0\)"),
 ]
 

@@ -35,6 +35,9 @@ struct Case {
   bool reverse = false;
   Save save = Save::Gates;
   bool untied = false;
+  int64_t projected_size = 0;  // 0: no projection
+
+  int64_t outputs() const { return projected_size > 0 ? projected_size : hidden_size; }
 };
 
 int64_t size_of(ScalarType type) { return type == ScalarType::Float64 ? 8 : type == ScalarType::Float32 ? 4 : 2; }
@@ -84,14 +87,15 @@ class Buffer {
 class Layer {
  public:
   explicit Layer(const Case& which) : case_(which), compute_(compute_type(which.dtype)) {
-    const int64_t gates = 4 * case_.hidden_size, states = case_.rows * case_.hidden_size;
+    const int64_t gates = 4 * case_.hidden_size;
     in_.dtype = case_.dtype;
     in_.steps = case_.steps;
     in_.rows = case_.rows;
     in_.input_size = case_.input_size;
     in_.hidden_size = case_.hidden_size;
+    in_.projected_size = case_.outputs();
     in_.norm_eps = 1e-5;
-    in_.seed = 42;
+    in_.seeds = seeds_;
     in_.options.training = true;
     in_.options.reverse = case_.reverse;
     in_.options.save = case_.save;
@@ -104,11 +108,14 @@ class Layer {
     in_.input_step_stride = case_.rows * case_.input_size;
     in_.input_row_stride = case_.input_size;
     in_.weight_ih = given(gates * case_.input_size, case_.dtype, 0, 0.2);
-    in_.weight_hh = given(gates * case_.hidden_size, case_.dtype, 0, 0.2);
+    in_.weight_hh = given(gates * case_.outputs(), case_.dtype, 0, 0.2);
+    if (case_.projected_size > 0) {
+      in_.weight_hr = given(case_.projected_size * case_.hidden_size, case_.dtype, 0, 0.2);
+    }
     in_.bias_ih = given(gates, case_.dtype, 0, 0.2);
     in_.bias_hh = given(gates, case_.dtype, 0, 0.2);
-    in_.initial_hidden = given(states, case_.dtype, 0, 0.5);
-    in_.initial_cell = given(states, compute_, 0, 0.5);
+    in_.initial_hidden = given(case_.rows * case_.outputs(), case_.dtype, 0, 0.5);
+    in_.initial_cell = given(case_.rows * case_.hidden_size, compute_, 0, 0.5);
     if (case_.ragged) {
       for (int64_t row = 0; row < case_.rows; ++row) lengths_.push_back((row * 5 + 3) % (case_.steps + 1));
       lengths_[0] = case_.steps;
@@ -133,7 +140,8 @@ class Layer {
 
   // Everything that the forward and the backward write, one after the other.
   std::vector<unsigned char> run(int threads) {
-    const int64_t gates = 4 * case_.hidden_size, states = case_.rows * case_.hidden_size;
+    const int64_t gates = 4 * case_.hidden_size, cells = case_.rows * case_.hidden_size;
+    const int64_t hiddens = case_.rows * case_.outputs();
     const bool has_norm = case_.norm != NormKind::None;
     const bool layer_norm = case_.norm == NormKind::Layer;
     std::vector<Buffer> results;
@@ -147,11 +155,11 @@ class Layer {
     ForwardParams forward;
     forward.in = in_;
     LayerOutputs& out = forward.out;
-    out.output = result(true, case_.steps * states, case_.dtype);
-    out.final_hidden = result(true, states, case_.dtype);
-    out.final_cell = result(true, states, compute_);
-    out.cells = result(true, case_.steps * states, compute_);
-    out.hidden = result(case_.masks, case_.steps * states, case_.dtype);
+    out.output = result(true, case_.steps * hiddens, case_.dtype);
+    out.final_hidden = result(true, hiddens, case_.dtype);
+    out.final_cell = result(true, cells, compute_);
+    out.cells = result(true, case_.steps * cells, compute_);
+    out.hidden = result(case_.masks, case_.steps * hiddens, case_.dtype);
     const bool save_gates = case_.save == Save::Gates;
     out.gates = result(save_gates, case_.steps * case_.rows * gates, case_.dtype);
     out.input_gates = result(save_gates && has_norm, case_.steps * case_.rows * gates, case_.dtype);
@@ -166,17 +174,20 @@ class Layer {
     backward.saved = out;
     if (backward.saved.hidden == nullptr) backward.saved.hidden = out.output;
     backward.grad_output = grad_output_.data();
-    backward.grad_output_step_stride = states;
-    backward.grad_output_row_stride = case_.hidden_size;
+    backward.grad_output_step_stride = hiddens;
+    backward.grad_output_row_stride = case_.outputs();
     backward.grad_final_hidden = grad_final_hidden_.data();
     backward.grad_final_cell = grad_final_cell_.data();
     backward.grad_cells = grad_cells_.data();
     backward.grad_input = result(true, case_.steps * case_.rows * case_.input_size, case_.dtype);
     backward.grad_weight_ih = result(true, gates * case_.input_size, case_.dtype);
-    backward.grad_weight_hh = result(true, gates * case_.hidden_size, case_.dtype);
+    backward.grad_weight_hh = result(true, gates * case_.outputs(), case_.dtype);
+    backward.grad_weight_hr = result(case_.projected_size > 0, case_.projected_size * case_.hidden_size, case_.dtype);
     backward.grad_bias = result(true, gates, case_.dtype);
-    backward.grad_initial_hidden = result(true, states, case_.dtype);
-    backward.grad_initial_cell = result(true, states, compute_);
+    backward.grad_initial_hidden = result(true, hiddens, case_.dtype);
+    backward.grad_initial_cell = result(true, cells, compute_);
+    backward.grad_hidden_probe = result(true, case_.steps * hiddens, case_.dtype);
+    backward.grad_cell_probe = result(true, case_.steps * cells, compute_);
     backward.grad_norm_input_weight = result(has_norm, gates, case_.dtype);
     backward.grad_norm_input_bias = result(layer_norm, gates, case_.dtype);
     backward.grad_norm_recurrent_weight = result(has_norm, gates, case_.dtype);
@@ -201,8 +212,9 @@ class Layer {
   LayerInputs in_;
   std::vector<std::vector<Buffer>> inputs_;  // a buffer's bytes stay where they are when the outer vector grows
   std::vector<int64_t> lengths_, index_;
-  Buffer grad_output_ = Buffer(case_.steps * case_.rows * case_.hidden_size, case_.dtype).fill(101, 0, 1);
-  Buffer grad_final_hidden_ = Buffer(case_.rows * case_.hidden_size, case_.dtype).fill(102, 0, 1);
+  const int64_t seeds_[2] = {42, 0};
+  Buffer grad_output_ = Buffer(case_.steps * case_.rows * case_.outputs(), case_.dtype).fill(101, 0, 1);
+  Buffer grad_final_hidden_ = Buffer(case_.rows * case_.outputs(), case_.dtype).fill(102, 0, 1);
   Buffer grad_final_cell_ = Buffer(case_.rows * case_.hidden_size, compute_).fill(103, 0, 1);
   Buffer grad_cells_ = Buffer(case_.steps * case_.rows * case_.hidden_size, compute_).fill(104, 0, 1);
 };
@@ -220,6 +232,9 @@ constexpr Case kCases[] = {
     {"layer norm", 6, 9, 10, 35, ScalarType::Float32, NormKind::Layer, true, true},
     {"float64", 6, 9, 10, 35, ScalarType::Float64, NormKind::Batch, true, true},
     {"bfloat16", 6, 9, 10, 35, ScalarType::BFloat16, NormKind::None, true, true},
+    {"projection by units", 8, 5, 20, 90, ScalarType::Float32, NormKind::None, true, true, true, Save::Gates, true, 37},
+    {"projection by rows", 6, 40, 20, 35, ScalarType::Float32, NormKind::Layer, true, true, false, Save::Gates, false,
+     9},
 };
 constexpr int kLargestTeam = 5;
 
