@@ -40,14 +40,16 @@ def test_gates_of_the_loop(options: dict[str, Any], lengths: list[int] | None) -
 
 
 @pytest.mark.parametrize("name", REGULARIZERS)
-def test_states_are_those_that_come_back(name: str) -> None:
-    """h_n, c_n and every cell, with each regulariser; the module's own call is not touched."""
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_states_are_those_that_come_back(name: str, training: bool) -> None:
+    """h_n, c_n and every cell, with each regulariser."""
     torch.manual_seed(0)
     lstm = fusedreg.LSTM(I, H, 2, dtype=torch.float64, regularization=REGULARIZERS[name], backend="reference")
     x = torch.randn(5, B, I, dtype=torch.float64)
     reset = torch.zeros(5, B, dtype=torch.bool)
     reset[2, 1] = True
-    with States(lstm) as states:
+    lstm(2 * x)  # a batch norm has statistics then
+    with States(lstm.train(training)) as states:
         output, (h_n, c_n), cells = lstm(x, lengths=[5, 3, 5], reset=reset, seed=7, return_cell_states=True)
     lower, upper = states.layers
     torch.testing.assert_close(upper["cell"], cells)
@@ -55,7 +57,7 @@ def test_states_are_those_that_come_back(name: str) -> None:
         for row, last in enumerate((4, 2, 4)):
             torch.testing.assert_close(layer["hidden"][last, row], hidden[row])
             torch.testing.assert_close(layer["cell"][last, row], cell[row])
-    if lstm.regularization.output_dropout == 0 and lstm.regularization.zoneout_output == "state":
+    if (lstm.regularization.output_dropout == 0 or not training) and lstm.regularization.zoneout_output == "state":
         torch.testing.assert_close(upper["hidden"], output)
 
 
