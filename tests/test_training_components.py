@@ -116,9 +116,12 @@ def test_a_shared_parameter_comes_once() -> None:
     model["b"].weight_hh_l0 = model["a"].weight_ih_l0  # a kernel there, recurrent here
     classified = classify(model)
     assert [id(one.parameter) for one in classified] == [id(parameter) for parameter in model.parameters()]
+    model["c"] = fusedreg.LSTM(4, 4)
+    model["c"].weight_ih_l0 = model["a"].weight_hh_l0  # recurrent there, a kernel here
     components = found(model)
     assert components["head.weight"] == components["table.weight"] == "embedding"
     assert components["a.weight_ih_l0"] == components["b.weight_hh_l0"] == "recurrent"
+    assert components["a.weight_hh_l0"] == components["c.weight_ih_l0"] == "recurrent"
     (table,) = (one for one in classified if one.component == "embedding")
     assert table.names == ("table.weight", "head.weight")
     assert components["again.bias_ih_l0"] == "bias"

@@ -77,6 +77,7 @@ def test_masks_of_training() -> None:
     assert not torch.equal(seen[0] == 0, seen[1] == 0)
     assert not torch.equal(result.dropped == 0, other.dropped == 0)
     assert (result.undropped != 0).all()
+    torch.testing.assert_close(result.logits, model.decoder(result.dropped))
 
 
 def test_another_regularizations_rates_reach_their_layers() -> None:

@@ -164,6 +164,27 @@ def test_lengths_are_rows_of_their_own(bidirectional: bool) -> None:
     torch.testing.assert_close(vanishing_gradient_penalty(lstm, loss, packed, (output, state)), value)
 
 
+@pytest.mark.parametrize("lengths", [None, [7, 2, 5]], ids=str)
+def test_the_reverse_direction_is_the_forward_one_of_the_reversed_input(lengths: list[int] | None) -> None:
+    """A loss of the reverse outputs alone: the forward direction's ``δ`` is 0, and nothing of it counts."""
+    both, input = case(fusedreg.LSTM, bidirectional=True)
+    forward = nn.LSTM(I, H, dtype=torch.float64)
+    names = [name for name, _ in forward.named_parameters()]
+    forward.load_state_dict({name: getattr(both, name + "_reverse") for name in names})
+    output, state = both(input, lengths=lengths)
+    factors = torch.randn(T, B, H, dtype=torch.float64)
+    value = vanishing_gradient_penalty(
+        both, (output[..., H:] * factors).sin().sum(), input, (output, state), lengths=lengths
+    )
+    alone = []
+    for row, length in enumerate(lengths or [T] * B):
+        reversed_input = input[:length, row : row + 1].flip(0)
+        output, state = forward(reversed_input)
+        loss = (output * factors[:length, row : row + 1].flip(0)).sin().sum()
+        alone.append(vanishing_gradient_penalty(forward, loss, reversed_input, (output, state)))
+    torch.testing.assert_close(value, torch.stack(alone).mean())
+
+
 def test_resets_begin_anew() -> None:
     lstm, input = case(fusedreg.LSTM)
     reset = torch.zeros(T, B, dtype=torch.bool)
