@@ -240,7 +240,7 @@ def run(
     if plan.batch_statistics:
         validation.check_batch_norm_rows(rows)
     recording = None if recorder is None else recorder.begin(Layout(batched, batch_first, packed, host_lengths))
-    layer_function = _layer_function(backend, plan, x, probes=recording is not None and recording.differentiates)
+    layer_function = _layer_function(backend, plan, x)
     statistics_read: list[RunningStatistics | None] = []
     if running is not None:
         statistics_read = [
@@ -268,12 +268,10 @@ def run(
     return Call(result, statistics, lengths, steps, rows, seed_tensor)
 
 
-def _layer_function(backend: str, plan: Plan, input: Tensor, *, probes: bool) -> LayerFunction:
+def _layer_function(backend: str, plan: Plan, input: Tensor) -> LayerFunction:
     norm = plan.regularization.norm
     shared = isinstance(norm, BatchNorm) and norm.process_group is not None
-    proj_size = plan.architecture.proj_size
-    chosen = resolve(backend, input.device, input.dtype, proj_size=proj_size, process_group=shared, probes=probes)
-    return LAYER_FUNCTIONS[chosen]
+    return LAYER_FUNCTIONS[resolve(backend, input.device, input.dtype, process_group=shared)]
 
 
 def _seed(plan: Plan, seed: Any, generator: Any, device: torch.device) -> Tensor | None:

@@ -49,12 +49,7 @@ class LayerCall(NamedTuple):
 
 
 class Recording(Protocol):
-    """One call of a module, layer by layer.
-
-    ``differentiates``: whether it wants probes, which not every backend can run.
-    """
-
-    differentiates: bool
+    """One call of a module, layer by layer."""
 
     def probes(self, call: LayerCall) -> Probes | None:
         """What is to be differentiated in this layer besides its own arguments; ``None`` for nothing."""

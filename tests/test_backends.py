@@ -80,16 +80,6 @@ def test_what_has_no_kernel_goes_to_the_reference_with_one_warning(state: Any) -
             assert resolve("auto", device, torch.float32, process_group=True) == "reference"
 
 
-@pytest.mark.parametrize("options", [{"proj_size": 3}, {"probes": True}])
-def test_projections_and_probes_have_kernels(state: Any, options: dict[str, Any]) -> None:
-    state(cpu=Availability(True), cuda=Availability(True), triton=Availability(True))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert resolve("auto", CPU, torch.float32, **options) == "cpu"
-        assert resolve("auto", GPU, torch.float32, **options) == "cuda"
-        assert resolve("triton", GPU, torch.float32, **options) == "triton"
-
-
 def test_other_devices_raise() -> None:
     with pytest.raises(RuntimeError, match=r"expected a device that there are kernels for \(cpu or cuda\), got mps"):
         resolve("auto", torch.device("mps"), torch.float32)

@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils.checkpoint import checkpoint
 
 import fusedreg
-from fusedreg.backends import cpu
 from fusedreg.inspect import GradientFlow, States
 
 
@@ -145,14 +144,6 @@ def test_the_forward_takes_no_memory_for_it() -> None:
 @compiled
 def test_recomputed_gates() -> None:
     check(module(backend="cpu", recompute=True, zoneout_cell=0.3))
-
-
-def test_a_backend_without_probes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name it refuses; nothing is given in silence."""
-    lstm = module(backend="cpu")
-    monkeypatch.setattr(cpu, "unsupported", lambda *_, probes=False, **__: "probes: none here" if probes else None)
-    with GradientFlow(lstm), pytest.raises(RuntimeError, match="'cpu' cannot run this call: probes: none here"):
-        lstm(batch())
 
 
 def test_layouts() -> None:

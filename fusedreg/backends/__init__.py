@@ -73,9 +73,7 @@ def resolve(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    proj_size: int = 0,
     process_group: bool = False,
-    probes: bool = False,
 ) -> str:
     """The backend that runs a call: ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
 
@@ -84,9 +82,7 @@ def resolve(
             run, it gives to the reference, with a :class:`UserWarning` that gives the reason, once a reason.
         device: of the input.
         dtype: of the input.
-        proj_size: of the module, 0 without a projection.
         process_group: whether a batch norm shares its statistics between processes.
-        probes: whether probes are to be differentiated, see :data:`fusedreg.layer.Probes`.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -103,16 +99,14 @@ def resolve(
     if backend == "reference":
         return backend
     if backend != "auto":
-        reason = _MODULES[backend].unsupported(
-            device, dtype, proj_size=proj_size, process_group=process_group, probes=probes
-        )
+        reason = _MODULES[backend].unsupported(device, dtype, process_group=process_group)
         if reason is None:
             return backend
         raise RuntimeError(
             f"backend: {backend!r} cannot run this call: {reason}. backend='reference' runs it in plain torch, step "
             "by step."
         )
-    chosen, reasons = _choose(device, dtype, proj_size, process_group, probes)
+    chosen, reasons = _choose(device, dtype, process_group)
     if chosen is None:
         raise RuntimeError(_no_backend(device, reasons))
     if chosen == "reference" and device.type != "meta":
@@ -120,15 +114,11 @@ def resolve(
     return chosen
 
 
-def _choose(
-    device: torch.device, dtype: torch.dtype, proj_size: int, process_group: bool, probes: bool = False
-) -> tuple[str | None, dict[str, str]]:
+def _choose(device: torch.device, dtype: torch.dtype, process_group: bool) -> tuple[str | None, dict[str, str]]:
     """What ``auto`` takes, ``None`` for nothing, and why those that come before it in the table cannot run the call."""
     reasons: dict[str, str] = {}
     for name in _PREFERRED.get(device.type, ()):
-        reason = _MODULES[name].unsupported(
-            device, dtype, proj_size=proj_size, process_group=process_group, probes=probes
-        )
+        reason = _MODULES[name].unsupported(device, dtype, process_group=process_group)
         if reason is None:
             return name, reasons
         reasons[name] = reason
@@ -186,8 +176,8 @@ def explain(
         dtype: of the input.
         hidden_size: with it, where the CUDA kernels can run the call, also which of their tiers does, and why.
         batch_size, steps, input_size: of the call, for the same; ``input_size`` is ``hidden_size`` unless it is given.
+        proj_size: of the module, for the same; 0 without a projection.
         regularization: the options in training, for the same; ``None`` for those of ``nn.LSTM``.
-        proj_size: of the module, 0 without a projection.
         process_group: whether a batch norm shares its statistics between processes.
 
     Returns:
@@ -201,7 +191,7 @@ def explain(
     device = torch.device(device)
     lines = [f"{device}, {str(dtype).removeprefix('torch.')}"]
     for name, module in _MODULES.items():
-        reason = module.unsupported(device, dtype, proj_size=proj_size, process_group=process_group)
+        reason = module.unsupported(device, dtype, process_group=process_group)
         lines.append(f"  {name:9}  " + (f"no: {reason}" if reason else f"yes, with {module.describe(device)}"))
         if name == "cuda" and reason is None and hidden_size is not None:
             tiers = cuda.plan(
@@ -216,7 +206,7 @@ def explain(
                 device=device,
             )
             lines += [f"             {line}" for line in tiers.splitlines()]
-    chosen, _ = _choose(device, dtype, proj_size, process_group)
+    chosen, _ = _choose(device, dtype, process_group)
     lines.append("  reference  yes: plain torch, any device and dtype, step by step")
     lines.append(f"  auto takes {chosen or 'nothing: an error; ask for reference by name'}")
     return "\n".join(lines)

@@ -36,15 +36,7 @@ class Backend(Protocol):
     def load(self) -> Availability:
         """Load what the backend needs, once a process. Never raises."""
 
-    def unsupported(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        proj_size: int = 0,
-        process_group: bool = False,
-        probes: bool = False,
-    ) -> str | None:
+    def unsupported(self, device: torch.device, dtype: torch.dtype, *, process_group: bool = False) -> str | None:
         """Why the kernels cannot take a call, with the remedy, or ``None`` where they can."""
 
     def describe(self, device: torch.device) -> str:

@@ -83,17 +83,13 @@ def instruction_set() -> str:
     return str(torch.ops.fusedreg._cpu_instruction_set()) if load() else ""
 
 
-def unsupported(
-    device: torch.device, dtype: torch.dtype, *, proj_size: int = 0, process_group: bool = False, probes: bool = False
-) -> str | None:
+def unsupported(device: torch.device, dtype: torch.dtype, *, process_group: bool = False) -> str | None:
     """Why these kernels cannot take a call, or ``None`` where they can.
 
     Args:
         device: of the input.
         dtype: of the input.
-        proj_size: of the module, 0 without a projection; these kernels have projections.
         process_group: whether a batch norm shares its statistics between processes.
-        probes: whether probes are to be differentiated; these kernels do.
     """
     if device.type != "cpu":
         return f"device: expected cpu, got {device}; move module and input to the CPU"

@@ -125,17 +125,13 @@ def _too_old(index: int | None) -> str:
 _too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def unsupported(
-    device: torch.device, dtype: torch.dtype, *, proj_size: int = 0, process_group: bool = False, probes: bool = False
-) -> str | None:
+def unsupported(device: torch.device, dtype: torch.dtype, *, process_group: bool = False) -> str | None:
     """Why these kernels cannot take a call, or ``None`` where they can.
 
     Args:
         device: of the input.
         dtype: of the input.
-        proj_size: of the module, 0 without a projection; these kernels have projections.
         process_group: whether a batch norm shares its statistics between processes.
-        probes: whether probes are to be differentiated; these kernels do.
     """
     if device.type != "cuda":
         return f"device: expected cuda, got {device}; move module and input to the GPU, for instance with .cuda()"

@@ -137,7 +137,6 @@ class _Recording:
     def __init__(self, watches: list[Watch]) -> None:
         self._watches = watches
         self._listening = [watch for watch in watches if watch.differentiates] if torch.is_grad_enabled() else []
-        self.differentiates = bool(self._listening)
 
     def probes(self, call: LayerCall) -> Probes | None:
         """Zeros that take no memory, with a hook that hands their gradients on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,7 +155,7 @@ class _Translation:
         ends = (0, self.output_size, 2 * self.output_size, 2 * self.output_size + self.hidden_size)
         output, hidden, cell = (
             op.Slice(states, self.integers(begin), self.integers(end), self.integers(2))
-            for begin, end in zip(ends, ends[1:], strict=False)
+            for begin, end in itertools.pairwise(ends)
         )
         last = op.Constant(value_int=-1)
         finals = op.Gather(hidden, last, axis=0), op.Gather(cell, last, axis=0)

@@ -72,17 +72,13 @@ def interpreted() -> bool:
 interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def unsupported(
-    device: torch.device, dtype: torch.dtype, *, proj_size: int = 0, process_group: bool = False, probes: bool = False
-) -> str | None:
+def unsupported(device: torch.device, dtype: torch.dtype, *, process_group: bool = False) -> str | None:
     """Why these kernels cannot take a call, or ``None`` where they can.
 
     Args:
         device: of the input.
         dtype: of the input.
-        proj_size: of the module, 0 without a projection; these kernels have projections.
         process_group: whether a batch norm shares its statistics between processes.
-        probes: whether probes are to be differentiated; these kernels do.
     """
     reason = without_kernel(dtype, process_group=process_group)
     if reason is not None:
