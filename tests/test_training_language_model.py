@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +154,29 @@ def test_it_learns() -> None:
                 optimizer.step()
     assert losses[0] > 2.0
     assert max(losses[-5:]) < 0.3
+
+
+@pytest.mark.compile
+def test_a_training_step_compiles_whole() -> None:
+    """Model, penalties and carried state in one graph; in evaluation the numbers are those of eager mode."""
+    torch.manual_seed(0)
+    model = AWDLSTM(20, 4, 6, 1)
+    words = torch.randint(20, (5, 3))
+
+    def step(
+        words: torch.Tensor, state: list[tuple[torch.Tensor, torch.Tensor]] | None
+    ) -> tuple[torch.Tensor, list[Any]]:
+        result = model(words[:-1], state)
+        loss = F.cross_entropy(result.logits.flatten(0, 1), words[1:].flatten())
+        loss = loss + training.activation_regularization(result.dropped)
+        return loss + training.temporal_activation_regularization(result.undropped), result.state
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    loss, _ = compiled(words, None)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.eval()
+    torch.testing.assert_close(compiled(words, None), step(words, None))
 
 
 def test_the_state_dict() -> None:
