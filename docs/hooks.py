@@ -36,7 +36,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pictures to the site; none is written into the repository."""
     from mkdocs.structure.files import File
 
-    for script in ("drawings", "inspect_drawings"):
+    for script in ("drawings", "inspect_drawings", "examples_drawings"):
         for name, content in _script(script).draw_all().items():
             files.append(File.generated(config, f"pictures/{name}", content=content))
     return files

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from examples.harness import COMMITTED, Results, load
 
-BLOCK = re.compile(r"(<!-- example: (\w+), ([\w ]+) -->\n)(.*?)(<!-- /example -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- example: (\w+), ([\w ,]+) -->\n)(.*?)(<!-- /example -->)", re.DOTALL)
 
 
 def values(results: Results, part: str, variant: str, metric: str) -> list[float]:
@@ -41,8 +41,10 @@ def mean_and_spread(numbers: Sequence[float], digits: int) -> str:
     found = [number for number in numbers if math.isfinite(number)]
     if not found:
         return "–"
-    text = f"{statistics.fmean(found):.{digits}f}"
-    text += f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    mean = statistics.fmean(found)
+    # What has run away is told by its size.
+    form = f".{digits}f" if abs(mean) < 1e4 else ".0e"
+    text = f"{mean:{form}}" + (f" ± {statistics.stdev(found):{form}}" if len(found) > 1 else "")
     return text + (f" ({len(found)} of {len(numbers)})" if len(found) < len(numbers) else "")
 
 
@@ -105,7 +107,8 @@ def update(text: str, folder: Path = COMMITTED) -> str:
 
     def block(match: re.Match[str]) -> str:
         name, part = match[2], match[3]
-        return f"{match[1]}{markdown(load(folder / f'{name}.json'), part)}\n{match[5]}"
+        # Blank lines: to Markdown a comment and a table right under it are one piece of HTML.
+        return f"{match[1]}\n{markdown(load(folder / f'{name}.json'), part)}\n\n{match[5]}"
 
     return BLOCK.sub(block, text)
 

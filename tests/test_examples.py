@@ -126,16 +126,15 @@ def test_a_table_has_mean_spread_and_what_failed() -> None:
     assert "| a | none | 1,234 | 3 | 2.0 ± 1.4 (2 of 3) | 1.25 [1.20, 1.30] |" in text
     assert "took 2 minutes" in text and "`0123456`" in text
     assert report.mean_and_spread([math.nan], 1) == "–"
-    assert report.mean_and_spread([2.0], 2) == "2.00"
+    assert report.mean_and_spread([2.0], 2) == "2.00" and report.mean_and_spread([2e5], 2) == "2e+05"
 
 
 def test_a_page_is_brought_up_to_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     harness.save(small_results(), tmp_path / "x.json")
     page = "before\n<!-- example: x, p -->\nold\n<!-- /example -->\nafter"
     after = report.update(page, tmp_path)
-    assert after.startswith("before\n<!-- example: x, p -->\n| variant |") and after.endswith(
-        "<!-- /example -->\nafter"
-    )
+    assert after.startswith("before\n<!-- example: x, p -->\n\n| variant |")
+    assert after.endswith("`.\n\n<!-- /example -->\nafter")
     assert "old" not in after and report.update(after, tmp_path) == after
 
 
