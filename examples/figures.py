@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ def finish(figure: Any, path: Path) -> Path:
 
 
 def draw_curves(panel: Any, results: Results, part: str, curve: str) -> None:
-    """A line a variant into one panel: the mean over seeds; a band from the lowest to the highest seed."""
+    """A line a variant into one panel: the mean over seeds; a band from the lowest to the highest seed.
+
+    On a logarithmic axis, which is set before, the mean is the geometric one. A seed that is no longer finite ends.
+    """
+    log = panel.get_yscale() == "log"
     for variant in results["variants"]:
         if variant["part"] != part:
             continue
@@ -43,20 +48,29 @@ def draw_curves(panel: Any, results: Results, part: str, curve: str) -> None:
             continue
         places = [point[0] for point in lines[0]]
         heights = [
-            [math.nan if point[1] is None else point[1] for point in points] for points in zip(*lines, strict=True)
+            [point[1] for point in points if point[1] is not None and (point[1] > 0 or not log)]
+            for points in zip(*lines, strict=True)
         ]
-        panel.plot(places, [statistics.fmean(height) for height in heights], label=variant["name"], linewidth=1.2)
-        panel.fill_between(places, [min(height) for height in heights], [max(height) for height in heights], alpha=0.15)
+        low, middle, high = ([summary(height, log)[at] for height in heights] for at in range(3))
+        panel.plot(places, middle, label=variant["name"], linewidth=1.2)
+        panel.fill_between(places, low, high, alpha=0.15)
+
+
+def summary(height: list[float], log: bool) -> tuple[float, float, float]:
+    """Lowest, mean and highest; NaN of nothing."""
+    if not height:
+        return math.nan, math.nan, math.nan
+    mean = statistics.geometric_mean(height) if log else statistics.fmean(height)
+    return min(height), mean, max(height)
 
 
 def curves(results: Results, part: str, curve: str, path: Path, axes: tuple[str, str], log: bool = False) -> Path:
     """One panel of :func:`draw_curves`."""
     figure, panel = pyplot().subplots(figsize=(7.0, 4.2))
+    panel.set_yscale("log" if log else "linear")
     draw_curves(panel, results, part, curve)
     panel.set_xlabel(axes[0])
-    panel.set_ylabel(axes[1])
-    if log:
-        panel.set_yscale("log")
+    panel.set_ylabel(textwrap.fill(axes[1], 45))
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
     return finish(figure, path)

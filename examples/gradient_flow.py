@@ -59,8 +59,8 @@ def draw(results: harness.Results, folder: Path) -> None:
     """Figures from results alone."""
     figure, panels = figures.pyplot().subplots(1, 2, figsize=(11.0, 4.2), sharey=True)
     for panel, name in zip(panels, ("before", "after"), strict=True):
-        figures.draw_curves(panel, results, PART, name)
         panel.set_yscale("log")
+        figures.draw_curves(panel, results, PART, name)
         panel.set_xlabel("step $t$")
         panel.set_title(f"{name} training")
         panel.grid(alpha=0.3)

@@ -258,7 +258,14 @@ def draw(results: harness.Results, folder: Path) -> None:
     """Figures from results alone."""
     ((part, columns),) = results["columns"].items()
     name, metric = f"language_models_{part}", columns[0][1].removeprefix("test ")
-    figures.curves(results, part, "validation", folder / f"{name}.png", ("epoch", f"validation {metric}"))
+    figures.curves(
+        results,
+        part,
+        "validation",
+        folder / f"{name}.png",
+        ("epoch", f"validation {metric}"),
+        log=metric == "perplexity",
+    )
     figures.bars(results, part, "test", folder / f"{name}-test.png", f"test {metric}")
 
 
