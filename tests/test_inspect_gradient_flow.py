@@ -404,6 +404,17 @@ class TestMarks:
         marks = flow.layers[1].marks("cell")
         assert marks.vanishing == tuple(range(T)) and marks.exploding == () and marks.reference == 0.0
 
+    def test_steps_after_the_loss_are_not_marked(self) -> None:
+        """Nothing has vanished where nothing was to arrive; before a reset it has."""
+        reset = torch.zeros(T, B, dtype=torch.bool)
+        reset[2] = True
+        with GradientFlow(lstm := module()) as flow:
+            lstm(batch(), reset=reset)[0][3].sum().backward()
+        (layer,) = flow.layers
+        assert not layer.norm_over_time()[4:].any()
+        assert layer.marks().vanishing == (0, 1) and layer.marks(relative_to=1e-300).vanishing == (0, 1, 4, 5)
+        assert layer.marks().reference == layer.norm_over_time()[3].item()
+
     def test_the_reverse_direction_begins_at_the_front(self) -> None:
         with GradientFlow(lstm := module(bidirectional=True)) as flow:
             lstm(batch())[1][0].sum().backward()

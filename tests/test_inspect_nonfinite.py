@@ -91,7 +91,9 @@ def test_in_the_reverse_direction_the_first_is_the_last_position() -> None:
 def test_in_the_initial_state() -> None:
     h, c = torch.zeros(1, B, H, dtype=torch.float64), torch.zeros(1, B, H, dtype=torch.float64)
     c[0, 2, 1] = INF
-    found = find(module(), batch(), hx=(h, c))
+    x = batch()
+    x[4:, 1] = NAN  # padding, which is not to blame
+    found = find(module(), x, hx=(h, c), lengths=[T, 4, T])
     assert found is not None
     assert (found.stage, found.gates, found.step, found.row, found.unit) == ("candidate_cell", (), 0, 2, 1)
     assert found.source == "initial_cell, row 2, unit 1" and found.kind == "Inf"

@@ -106,8 +106,8 @@ class LayerFlow:
             vanishing: a step is marked below ``vanishing`` times the reference.
             exploding: and above ``exploding`` times it, and where the norm is not finite.
             relative_to: the reference: ``"last"`` is the norm at the last step processed (the first position in the
-                reverse direction) that any gradient reached, where the way back begins; or a number, which makes the
-                bounds absolute.
+                reverse direction) that any gradient reached, where the way back begins; steps after it have nothing
+                to lose and are not marked. Or a number, which makes the bounds absolute.
         """
         if not 0 <= vanishing <= exploding:
             raise ValueError(
@@ -115,14 +115,15 @@ class LayerFlow:
             )
         if relative_to != "last" and not (isinstance(relative_to, (int, float)) and relative_to > 0):
             raise ValueError(f"relative_to: expected 'last' or a number above 0, got {relative_to!r}")
-        norms = self.norm_over_time(state).tolist()
+        norms, reached = self.norm_over_time(state).tolist(), self.valid.any(1).tolist()
+        present = [(step, norm) for step, norm in enumerate(norms) if reached[step]]
         if relative_to == "last":
-            order = norms if self.place.direction == REVERSE else norms[::-1]
-            reference = next((norm for norm in order if math.isfinite(norm) and norm > 0), 0.0)
+            back = present if self.place.direction == REVERSE else present[::-1]  # as the gradient goes
+            unreached = next((at for at, (_, norm) in enumerate(back) if norm != 0), 0)
+            reference = next((norm for _, norm in back if math.isfinite(norm) and norm > 0), 0.0)
+            present = sorted(back[unreached:])
         else:
             reference = float(relative_to)
-        reached = self.valid.any(1).tolist()
-        present = [(step, norm) for step, norm in enumerate(norms) if reached[step]]
         return Marks(
             tuple(step for step, norm in present if norm < vanishing * reference or norm == 0),
             tuple(step for step, norm in present if norm > exploding * reference or not math.isfinite(norm)),
