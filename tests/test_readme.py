@@ -77,7 +77,7 @@ def test_links_lead_somewhere(name: str) -> None:
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_files_and_commands_that_are_named_exist(name: str) -> None:
     document = README if name == "README.md" else contributing()
-    folders = ("benchmarks", "csrc", "docs", "fusedreg", "tests", "tools")
+    folders = ("benchmarks", "csrc", "docs", "examples", "fusedreg", "tests", "tools")
     known = {path.name for folder in folders for path in (ROOT / folder).rglob("*.*")}
     known |= {path.name for path in ROOT.iterdir()}
     planned = {"registration_cuda.cpp"}  # the build looks for it already
