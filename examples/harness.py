@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,7 +82,7 @@ def settings(name: str, options: argparse.Namespace, arguments: Sequence[str] | 
         threads=options.threads,
         smoke=options.smoke,
         folder=options.out or REPOSITORY / "build" / "examples" / name,
-        command=" ".join(["python -m", f"examples.{name}", *_without_folder(given)]),
+        command=shlex.join(["python", "-m", f"examples.{name}", *_without_folder(given)]),
     )
 
 

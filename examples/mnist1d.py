@@ -40,6 +40,7 @@ REGULARIZERS: Mapping[str, dict[str, Any]] = {
     "weight drop": {"weight_dropout": 0.1},
     "batch norm": {"norm": BatchNorm(max_steps=40)},
     "layer norm": {"norm": LayerNorm()},
+    "layer norm, not of the input": {"norm": LayerNorm(input=False)},
 }
 
 
@@ -99,11 +100,10 @@ def draw(results: harness.Results, folder: Path) -> None:
     figures.curves(results, PART, "test accuracy", folder / "mnist1d.png", axes=("step", "test accuracy, %"))
 
 
-def run(settings: harness.Settings) -> None:
-    """All variants with all seeds; results, figure and table."""
+def run(settings: harness.Settings, names: Sequence[str]) -> None:
+    """The variants with all seeds; results, figure and table."""
     split = data.Split(*(part.to(settings.device) for part in data.mnist1d()))
     steps, every = settings.pick(6000, 20), settings.pick(250, 10)
-    names = ["GRU", *REGULARIZERS]
     experiment = harness.Experiment(
         settings,
         COLUMNS,
@@ -135,8 +135,11 @@ def run(settings: harness.Settings) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = harness.parser("mnist1d", "MNIST-1D with an LSTM and its regularisers.", range(5)).parse_args(arguments)
-    return harness.main(lambda: run(harness.settings("mnist1d", options, arguments)))
+    parser = harness.parser("mnist1d", "MNIST-1D with an LSTM and its regularisers.", range(5))
+    names = ["GRU", *REGULARIZERS]
+    parser.add_argument("--variants", nargs="+", choices=names, default=names, metavar="NAME", help="default: all")
+    options = parser.parse_args(arguments)
+    return harness.main(lambda: run(harness.settings("mnist1d", options, arguments), options.variants))
 
 
 if __name__ == "__main__":
