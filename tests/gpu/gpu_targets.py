@@ -54,9 +54,11 @@ def missing_device() -> str | None:
 
 
 def to_device(value: Any) -> Any:
-    """The tensor, or the tensors of a named tuple, on the device under test."""
+    """The tensor, or the tensors of a tuple, on the device under test."""
     if isinstance(value, Tensor):
         return value.to(DEVICE)
+    if type(value) is tuple:
+        return tuple(map(to_device, value))
     if isinstance(value, (LayerParameters, RunningStatistics)):
         return type(value)(*(to_device(part) for part in value))
     return value

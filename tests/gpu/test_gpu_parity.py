@@ -35,6 +35,32 @@ def test_other_types(target: Target, name: str, mode: str, dtype: torch.dtype) -
     check(target, case_of(name, mode, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("name", "mode"), REPRESENTATIVE)
+def test_probes(target: Target, name: str, mode: str, dtype: torch.dtype) -> None:
+    check(target, case_of(name, mode, dtype=dtype, probes=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("name", "mode"), REPRESENTATIVE)
+def test_projections(target: Target, name: str, mode: str, dtype: torch.dtype) -> None:
+    """Which have no persistent kernel: those tiers say so, and are skipped with what they say."""
+    check(target, case_of(name, mode, dtype=dtype, rows=9, hidden_size=37, proj_size=19, probes=True))
+
+
+@pytest.mark.parametrize("name", ["everything", "everything_untied", "everything_layer_norm"])
+def test_groups_of_rows_draw_masks_of_their_own(target: Target, name: str) -> None:
+    """Seeds and first steps by group, as the reference draws them; weights are the first group's."""
+    case = case_of(name, "reverse", rows=12, hidden_size=40, resets=True)
+    arguments = make_arguments(case, 2)._replace(seed=torch.tensor([[5, 0], [-(2**60) + 1, 3], [2**33, 11]]))
+    exact = run_layer(implementation("reference"), case, arguments.to(torch.float64))
+    with target.forced():
+        values = run_layer(target.layer, case, arguments)
+    for key, value in exact.items():
+        assert torch.equal(values[key] == 0, value == 0), key
+        assert relative_error([(values[key].double(), value)]) < 2e-5, key
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "T{}B{}I{}H{}".format(*shape))
 @pytest.mark.parametrize("name", ["none", "everything", "everything_untied"])
 def test_shapes(target: Target, name: str, shape: tuple[int, int, int, int]) -> None:

@@ -6,6 +6,8 @@ computed is compared elsewhere; here it only has to be finite while memcheck and
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpu_targets import Target
@@ -20,7 +22,11 @@ from fusedreg.testing import make_arguments, run_layer
 @pytest.mark.parametrize("shape", [(3, 18, 40), (2, 33, 137)], ids=lambda shape: "T{}B{}H{}".format(*shape))
 def test_under_the_sanitizer(target: Target, shape: tuple[int, int, int], name: str, dtype: torch.dtype) -> None:
     steps, rows, hidden = shape
-    case = case_of(name, "reverse", steps=steps, rows=rows, input_size=11, hidden_size=hidden, dtype=dtype, resets=True)
+    sizes = {"steps": steps, "rows": rows, "input_size": 11, "hidden_size": hidden}
+    case = case_of(name, "reverse", **sizes, dtype=dtype, resets=True, probes=True)
     with target.forced():
         values = run_layer(target.layer, case, make_arguments(case, 0))
+        if target.tier in ("", "step"):  # the tier that has projections
+            projected = replace(case, proj_size=hidden // 2)
+            values |= run_layer(target.layer, projected, make_arguments(projected, 0))
     assert all(value.isfinite().all() for value in values.values())
