@@ -10,8 +10,7 @@ with the same results:
 
 - parameters, or a norm's statistics, of each sample's own, as in an ensemble by ``torch.func.stack_module_state``;
 - ``weight_dropout`` in training with a seed of each sample's own, which makes weights of each sample's own;
-- a batch norm in training, whose statistics are those of a sample;
-- a backend whose kernels know no groups (:data:`FOLDING`).
+- a batch norm in training, whose statistics are those of a sample.
 """
 
 from __future__ import annotations
@@ -31,9 +30,6 @@ from fusedreg.encoding import (
 )
 from fusedreg.layer import LayerOptions
 from fusedreg.regularization import BatchNorm, LayerNorm
-
-FOLDING = {("fusedreg::lstm_layer", "cpu")}
-"""The pairs of operators, and the types of device, whose kernels know groups of rows."""
 
 # The axis of the rows: of arguments, by name, of the gradients that come in, and of what the forward saves. What is not
 # named here is common to all rows: parameters, and a norm's statistics.
@@ -68,7 +64,7 @@ def forward_rule(operators: Any, info: Any, in_dims: Sequence[Any], arguments: S
     tensors, dims = arguments[:NUMBER_OF_TENSORS], in_dims[:NUMBER_OF_TENSORS]
     rates, encoded, norm_eps = arguments[NUMBER_OF_TENSORS:]
     options, _ = decode_options(rates, encoded, norm_eps)
-    if not _can_fold(operators.name, tensors, dims, options):
+    if not _can_fold(dims, options):
         return loop_over_samples(operators.layer, info, in_dims, arguments)
     samples = info.batch_size
     results = operators.layer.apply(*_fold_arguments(tensors, dims, samples), rates, encoded, norm_eps)
@@ -85,7 +81,7 @@ def backward_rule(operators: Any, info: Any, in_dims: Sequence[Any], arguments: 
     options, _ = decode_options(rates, encoded, norm_eps)
     saved_rows = (*_SAVED_ROWS, *_statistics_rows(options))
     own_statistics = any(dim is not None and axis is None for dim, axis in zip(saved_dims, saved_rows, strict=True))
-    if own_statistics or not _can_fold(operators.name, tensors, dims, options):
+    if own_statistics or not _can_fold(dims, options):
         return loop_over_samples(operators.layer_backward, info, in_dims, arguments)
     samples = info.batch_size
     inner = max(1, encoded[GRADIENT_GROUPS])  # where a vmap inside this one has folded already
@@ -171,9 +167,7 @@ def loop_over_samples(function: Any, info: Any, in_dims: Sequence[Any], argument
     return stacked, (0,) * len(stacked)
 
 
-def _can_fold(name: str, tensors: Sequence[Any], dims: Sequence[Any], options: LayerOptions) -> bool:
-    if (name, tensors[0].device.type) not in FOLDING:
-        return False
+def _can_fold(dims: Sequence[Any], options: LayerOptions) -> bool:
     for place, (dim, axis) in enumerate(zip(dims, _ARGUMENT_ROWS, strict=True)):
         if dim is not None and axis is None and place != _SEED:
             return False

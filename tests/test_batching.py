@@ -10,10 +10,11 @@ import pytest
 import torch
 from helpers import REGULARIZERS, compiled
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedreg
-from fusedreg import BatchNorm, LayerNorm, Regularization, batching
+from fusedreg import BatchNorm, LayerNorm, Regularization
 
 pytestmark = compiled
 
@@ -275,16 +276,6 @@ def test_ensembles(inputs_too: bool) -> None:
         close({name: value[place] for name, value in ours.items()}, own)
 
 
-def test_a_backend_without_groups_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, inputs = make("everything"), normal(SAMPLES, 5, 2, 2)
-    function = lambda x: module(x, seed=3)[0]  # noqa: E731
-    folded = torch.vmap(function)(inputs)
-    monkeypatch.setattr(batching, "FOLDING", set())
-    with expect_calls(*["forward"] * SAMPLES):
-        looped = torch.vmap(function)(inputs)
-    close(folded, looped)
-
-
 def test_two_layers_in_both_directions() -> None:
     """Several calls of the operator a sample become as many for all samples."""
     module = make(Regularization(zoneout_cell=0.4, input_dropout=0.3), num_layers=2, bidirectional=True)
@@ -300,6 +291,16 @@ def module_output(module: fusedreg.LSTM, parameters: dict[str, Tensor], x: Tenso
     return output
 
 
+def test_projections() -> None:
+    """weight_hr's gradient comes by sample too."""
+    module = make(Regularization(zoneout_hidden=0.3, weight_dropout=0.2), proj_size=3)
+    inputs, parameters = normal(SAMPLES, 5, 2, 2), parameters_of(module)
+    gradient = torch.func.grad(lambda own, x: loss_of(module, own, x, seed=7))
+    with expect_calls("forward", "backward"):
+        ours = torch.vmap(gradient, in_dims=(None, 0))(parameters, inputs)
+    close(ours, loop(gradient, (None, 0), parameters, inputs))
+
+
 def test_no_rows_and_one_sample() -> None:
     module = make("everything")
     function = lambda x: module(x, seed=3)[0]  # noqa: E731
@@ -310,3 +311,25 @@ def test_no_rows_and_one_sample() -> None:
         torch.vmap(gradient, in_dims=(None, 0))(parameters, one),
         {name: value.unsqueeze(0) for name, value in gradient(parameters, one[0]).items()},
     )
+
+
+@pytest.mark.parametrize("make_one", [make, lambda kind: fusedreg.LSTMCell(2, 4, dtype=torch.float64)])
+def test_forward_mode_names_the_remedy(make_one: Any) -> None:
+    """jvp, jacfwd and hessian, by themselves and inside vmap, and dual numbers: refused, never without tangents."""
+    module = make_one("none")
+    inputs = normal(SAMPLES, 2, 2) if isinstance(module, fusedreg.LSTMCell) else normal(SAMPLES, 3, 2, 2)
+    function = lambda x: module(x)[0].sum()  # noqa: E731
+    x = inputs[0]
+    calls: list[Callable[[], Any]] = [
+        lambda: torch.func.jvp(function, (x,), (x,)),
+        lambda: torch.func.jacfwd(function)(x),
+        lambda: torch.func.hessian(function)(x),
+        lambda: torch.vmap(lambda each: torch.func.jvp(function, (each,), (each,))[1])(inputs),
+        lambda: torch.func.linearize(function, x),
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match=r"jacrev.*backend='reference'"):
+            call()
+    with pytest.raises(NotImplementedError, match="reference"), forward_ad.dual_level():
+        function(forward_ad.make_dual(x, x))
+    assert torch.func.jacrev(function)(x).shape == x.shape
