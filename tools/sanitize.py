@@ -36,6 +36,8 @@ KERNEL_TESTS = [
     "tests/test_threads.py",
     "tests/test_peer_errors.py",
     "tests/test_random_options.py",
+    "tests/test_projection.py",
+    "tests/test_probes.py",
     "tests/test_ops.py",
     "tests/test_functional.py",
     "tests/test_modules.py",
