@@ -4,6 +4,7 @@
 #   make test       the tests
 #   make lint       ruff, mypy, clang-format
 #   make docs       the documentation site, into build/site
+#   make examples   the worked examples of docs/examples.md (about an hour on two cores; EXAMPLES=--smoke: a minute)
 #   make sanitize   the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #   make mutate     the CUDA kernels under the emulator, with each barrier and fence removed in turn (minutes)
 #   make gpu        on a machine with an NVIDIA GPU: builds, tests on it, benchmarks, writes build/gpu/results.json
@@ -20,6 +21,7 @@
 #   TESTS=tests/test_x.py     what `make test` and `make sanitize` run
 #   ARGUMENTS="-k name -x"    goes to pytest
 #   BENCH="--preset cpu-full"     arguments of `make bench`
+#   EXAMPLES="--seeds 0 1"    arguments of `make examples`
 #   MUTATE="--only exchange.cuh"  arguments of `make mutate`
 #   GPU="--phases build,tests"    arguments of `make gpu`: tools/gpu.py --help has them
 #   FUSEDREG_CUDA=0           no CUDA extension, though nvcc is there; 1: fails where nvcc is not. See setup.py
@@ -35,6 +37,7 @@ SETUP ?= 1
 TESTS ?= tests
 ARGUMENTS ?=
 MUTATE ?=
+EXAMPLES ?=
 GPU ?=
 BENCH ?= --preset cpu --json build/bench/results.json --plots build/bench
 
@@ -59,7 +62,7 @@ WITH_CUDA := $(filter-out 0 off false no,$(or $(filter-out auto,$(FUSEDREG_CUDA)
 FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp tests/native/*.h)
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help build test lint bench docs gpu sanitize mutate registers format clean
+.PHONY: help build test lint bench docs examples gpu sanitize mutate registers format clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -124,6 +127,9 @@ bench: build
 
 docs: build
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+examples: build
+	@for name in mnist1d language_models sequences batch_norm gradient_flow rates; do $(RUN) -m examples.$$name $(EXAMPLES); done
 
 sanitize: build
 	$(RUN) tools/sanitize.py --tests '$(filter-out tests,$(TESTS))' -- $(ARGUMENTS)

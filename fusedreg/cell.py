@@ -64,10 +64,8 @@ class LSTMCell(RegularizedModule):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as in :class:`torch.nn.LSTMCell`, in its order.
-        regularization: a :class:`~fusedreg.Regularization`; or pass its fields themselves:
-        input_dropout, hidden_dropout, output_dropout, update_dropout, cell_dropout, weight_dropout, zoneout_hidden,
-            zoneout_cell, gate_masks, update_mask, weight_mask, zoneout_output, norm: see
-            :class:`~fusedreg.Regularization`. ``dropout``, which acts between layers, is refused, and so is a
+        regularization: a :class:`~fusedreg.Regularization`; or pass its fields themselves, as the arguments from
+            ``input_dropout`` to ``norm``, which are described there. ``dropout``, which acts between layers, is refused, and so is a
             ``BatchNorm`` with ``input_statistics="sequence"``, which needs all steps at once. A ``BatchNorm`` takes
             the statistics of each step over the batch and updates its running ones at each call: those of the
             step, or with ``statistics="shared"`` the only ones.

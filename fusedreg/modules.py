@@ -38,10 +38,8 @@ class LSTM(RegularizedModule):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
             in :class:`torch.nn.LSTM`, in its order. ``dropout`` is below 1, and may be one rate a layer.
-        regularization: a :class:`~fusedreg.Regularization`; or pass its fields themselves:
-        input_dropout, hidden_dropout, output_dropout, update_dropout, cell_dropout, weight_dropout, zoneout_hidden,
-            zoneout_cell, gate_masks, update_mask, weight_mask, zoneout_output, norm: see
-            :class:`~fusedreg.Regularization`.
+        regularization: a :class:`~fusedreg.Regularization`; or pass its fields themselves, as the arguments from
+            ``input_dropout`` to ``norm``, which are described there.
         recompute: keep only states for the backward, about a third of the memory, and recompute the gates there.
         backend: ``"auto"``, or one by name, which then either runs or raises: ``"cpu"``, ``"cuda"``, ``"triton"``,
             ``"reference"``. See :func:`fusedreg.backends.explain`.
