@@ -136,6 +136,12 @@ def test_instruction_sets_and_recomputation(name: str, instruction_set: str) -> 
         check(make_case(name, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("name", ["none", "everything", "everything_untied", "everything_layer_norm"])
+def test_projections(name: str) -> None:
+    check(make_case(name, dtype=torch.float64, proj_size=5))
+    check(make_case(name, dtype=torch.float64, proj_size=16, hidden_size=32, ragged=True, resets=True, recompute=True))
+
+
 @pytest.mark.parametrize("name", ["batch_norm", "batch_norm_sequence", "everything_batch_norm"])
 def test_batch_norm_in_evaluation(name: str) -> None:
     """Statistics are constants then, so that groups have nothing in common."""
