@@ -65,10 +65,10 @@ class LSTMCell(RegularizedModule):
     Args:
         input_size, hidden_size, bias, device, dtype: as in :class:`torch.nn.LSTMCell`, in its order.
         regularization: a :class:`~fusedreg.Regularization`; or pass its fields themselves, as the arguments from
-            ``input_dropout`` to ``norm``, which are described there. ``dropout``, which acts between layers, is refused,
-            and so is a ``BatchNorm`` with ``input_statistics="sequence"``, which needs all steps at once. A
-            ``BatchNorm`` takes the statistics of each step over the batch and updates its running ones at each call:
-            those of the step, or with ``statistics="shared"`` the only ones.
+            ``input_dropout`` to ``norm``, which are described there. ``dropout``, which acts between layers, is
+            refused, and so is a ``BatchNorm`` with ``input_statistics="sequence"``, which needs all steps at once.
+            A ``BatchNorm`` takes the statistics of each step over the batch and updates its running ones at each
+            call: those of the step, or with ``statistics="shared"`` the only ones.
         recompute, backend: as in :class:`fusedreg.LSTM`.
 
     Attributes:
