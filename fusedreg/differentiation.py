@@ -50,6 +50,8 @@ class Operators:
         self.name = name
         self.forward: Callable[..., Any] = getattr(library, f"{base}_forward").default
         self.backward: Callable[..., Any] = getattr(library, f"{base}_backward").default
+        # What the operator's own __call__ calls: without a Python frame between.
+        self.call_forward: Callable[..., Any] = self.forward._op
         self.layer_backward = _backward_function(self)
         self.layer = _forward_function(self)
         _functions.extend((self.layer, self.layer_backward))

@@ -172,7 +172,7 @@ def run_stack(
     if all_cells:
         cells = all_cells[0] if directions == 1 else torch.cat(all_cells, -1)
     if len(hiddens) == 1:
-        return StackResult(output, hiddens[0].unsqueeze(0), finals[0].unsqueeze(0), cells, statistics)
+        return StackResult(output, hiddens[0][None], finals[0][None], cells, statistics)
     return StackResult(output, torch.stack(hiddens), torch.stack(finals), cells, statistics)
 
 

@@ -114,7 +114,7 @@ def lstm_layer(
     else:
         # Nothing to differentiate: past the operator's autograd kernel, which is Python and costs as much again.
         with torch._C._AutoDispatchBelowAutograd():
-            results = pair.forward(*tensors, *encode(options, SAVE_NOTHING))
+            results = pair.call_forward(*tensors, *encode(options, SAVE_NOTHING))
     output, final_hidden, final_cell, cells = results[:4]
     statistics = None
     if isinstance(norm, BatchNorm) and options.training:

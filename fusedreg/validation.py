@@ -97,7 +97,7 @@ def check_state(hx: Any, architecture: Architecture, input: Tensor, rows: int | 
     Raises:
         InputTypeError: not a pair of tensors. InputError: wrong shape, type or device.
     """
-    if isinstance(hx, Tensor) or not isinstance(hx, Sequence) or len(hx) != 2:
+    if not isinstance(hx, (tuple, Sequence)) or len(hx) != 2:  # of a tuple the first answer is the faster one
         got = f"{type(hx).__name__} of length {len(hx)}" if isinstance(hx, Sequence) else type(hx).__name__
         raise InputTypeError(f"hx: expected a tuple (h_0, c_0) of two tensors, got {got}; pass None for zeros")
     cells = architecture.num_layers * architecture.num_directions
