@@ -9,6 +9,7 @@
 #   make mutate     the CUDA kernels under the emulator, with each barrier and fence removed in turn (minutes)
 #   make gpu        on a machine with an NVIDIA GPU: builds, tests on it, benchmarks, writes build/gpu/results.json
 #   make registers  registers and spills of each CUDA kernel, where nvcc is
+#   make kernels    every Triton kernel in every configuration compiled, without a GPU: docs/triton_kernels.csv (minutes)
 #   make build      the compiled extensions alone
 #   make format     rewrites what lint would complain of
 #   make clean      removes what was built, and keeps .venv
@@ -24,6 +25,7 @@
 #   EXAMPLES="--seeds 0 1"    arguments of `make examples`
 #   MUTATE="--only exchange.cuh"  arguments of `make mutate`
 #   GPU="--phases build,tests"    arguments of `make gpu`: tools/gpu.py --help has them
+#   KERNELS="--targets 90"        arguments of `make kernels`
 #   FUSEDREG_CUDA=0           no CUDA extension, though nvcc is there; 1: fails where nvcc is not. See setup.py
 
 SHELL := /bin/bash
@@ -39,6 +41,7 @@ ARGUMENTS ?=
 MUTATE ?=
 EXAMPLES ?=
 GPU ?=
+KERNELS ?=
 BENCH ?= --preset cpu --json build/bench/results.json --plots build/bench
 
 ifeq ($(SETUP),0)
@@ -62,7 +65,7 @@ WITH_CUDA := $(filter-out 0 off false no,$(or $(filter-out auto,$(FUSEDREG_CUDA)
 FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp tests/native/*.h)
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help build test lint bench docs examples gpu sanitize mutate registers format clean
+.PHONY: help build test lint bench docs examples gpu sanitize mutate registers kernels format clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -143,6 +146,9 @@ mutate: $(EMULATED)
 
 registers: $(CUDA_EXTENSION)
 	@$(RUN) tools/cuda_build.py registers
+
+kernels: $(ENVIRONMENT)
+	$(RUN) tools/triton_compile.py $(KERNELS)
 
 clean:
 	rm -rf build dist *.egg-info $(EXTENSION) $(CUDA_EXTENSION) .mypy_cache .ruff_cache .pytest_cache

@@ -209,6 +209,9 @@ def one_thread() -> Iterator[None]:
         (6, torch.zeros(2, 2, dtype=torch.float64), "initial_hidden"),
         (8, torch.zeros(3, dtype=torch.int64), "lengths"),
         (10, None, "seed"),
+        (10, torch.zeros(3, 2, dtype=torch.int64), "seed.*divides the 2 rows"),
+        (10, torch.zeros(2, 3, dtype=torch.int64), "seed"),
+        (17, torch.zeros(4, 2, 3), "hidden_probe"),
         (27, [0.0], "rates"),
     ],
 )

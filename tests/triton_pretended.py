@@ -1,15 +1,18 @@
 """A GPU that is not there: Triton's own path from a launch to machine code, with nothing run at the end of it.
 
 The operators run on CPU tensors under a driver that claims a GPU. Every kernel that they launch is specialised on the
-real arguments and compiled to a cubin by Triton's own ptxas, and its arguments go through the launcher that Triton
-compiles for them, into a libcuda that does nothing. So what is compiled is what a call needs, and not what somebody
-has listed. For a process of its own, without the interpreter::
+real arguments and compiled to machine code by Triton's own assembler, and its arguments go through the launcher that
+Triton compiles for them, into a libcuda that does nothing. So what is compiled is what a call needs, and not what
+somebody has listed. An AMD GPU's kernels are compiled as far, and not launched: their launcher needs ROCm's headers.
+For a process of its own, without the interpreter::
 
-    python triton_pretended.py CAPABILITY CASE ...
+    python triton_pretended.py TARGET CASE ...
 
-runs layers, forward and backward, and prints a line of JSON for each kernel. CASE is
-``name:dtype:H:B:kind:precision``, with ``kind`` one of ``step`` and ``persistent``. Each case is run again with other
-sizes, rates and in another layer: what that compiles is marked.
+runs layers, forward and backward, and prints a line of JSON for each kernel. TARGET is a compute capability (80, 90)
+or an AMD architecture (gfx942). CASE is ``name:dtype:H:B:kind:precision``, with ``kind`` one of ``step`` and
+``persistent``, and ``name`` a regulariser's with ``+proj``, ``+probes`` and ``+groups`` where these are wanted. Each
+case is run again with other sizes, rates and in another layer, on tensors that are slices at an odd address: what that
+compiles is marked.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,11 +52,11 @@ int cuLaunchKernelEx(const void* config, void* function, void** params, void** e
 
 
 class Compiled(NamedTuple):
-    """What became of one kernel."""
+    """What became of one kernel. ``seconds`` are of a processor's time: other work beside it does not count."""
 
     module: str
     name: str
-    capability: int
+    target: str
     seconds: float
     registers: int
     spilled_bytes: int
@@ -63,24 +65,38 @@ class Compiled(NamedTuple):
     cooperative: bool
 
 
-class PretendedDriver:
-    """What Triton's launcher asks of a driver, for a GPU of a given compute capability."""
+class CountingLauncher:
+    """In the place of a launcher that cannot be built here."""
 
-    launcher_cls = CudaLauncher
+    launches = ctypes.c_int(0)
+
+    def __init__(self, *of: object) -> None:
+        pass
+
+    def __call__(self, *arguments: object) -> None:
+        self.launches.value += 1
+
+
+class PretendedDriver:
+    """What Triton's launcher asks of a driver, for a GPU of a given architecture."""
+
     scratch: Any = None
 
-    def __init__(self, capability: int, libcuda: ctypes.CDLL) -> None:
-        self.capability = capability
+    def __init__(self, target: str, launcher: type, launches: ctypes.c_int) -> None:
+        self.target = target
+        self.launcher_cls = launcher
         self.compiled: list[Compiled] = []
         self.utils = self
-        self._launches = ctypes.c_int.in_dll(libcuda, "launches")
+        self._launches = launches
 
     @property
     def launches(self) -> int:
         return self._launches.value
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
+        if is_amd(self.target):
+            return GPUTarget("hip", self.target, 64)
+        return GPUTarget("cuda", int(self.target), 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -89,21 +105,28 @@ class PretendedDriver:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": shared_bytes(self.capability)}
+        return {"max_shared_mem": LIMITS[self.target][1]}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
         return 1, 1, 0, 0, 1024
 
 
-def shared_bytes(capability: int) -> int:
-    """What a program may have at most."""
-    return (227 if capability >= 90 else 163) * 1024
+# Multiprocessors, and the shared memory that a program may have at most.
+LIMITS = {"80": (108, 163 * 1024), "90": (132, 227 * 1024), "gfx942": (304, 64 * 1024)}
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
+def is_amd(target: str) -> bool:
+    return target.startswith("gfx")
+
+
+def resources(kernel: Any) -> tuple[int, int]:
     """Registers a thread, and bytes of its stack, which is where registers are spilled to."""
+    if "amdgcn" in kernel.asm:
+        found = [re.findall(rf"\.{name}:\s+(\d+)", kernel.asm["amdgcn"]) for name in ("vgpr_count", "vgpr_spill_count")]
+        registers, spilled = (max(map(int, counts)) for counts in found)
+        return registers, 4 * spilled
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(kernel.asm["cubin"])
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
@@ -112,33 +135,46 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(usage[1]), int(usage[2])
 
 
-def pretend(capability: int) -> PretendedDriver:
-    """From now on this process has a GPU, for which it compiles and on which it launches nothing."""
-    scratch = tempfile.TemporaryDirectory(prefix="triton")
-    folder = Path(scratch.name)
+def pretended_driver(target: str, folder: Path) -> PretendedDriver:
+    if is_amd(target):
+        torch.version.hip = "pretended"
+        return PretendedDriver(target, CountingLauncher, CountingLauncher.launches)
     source, library = folder / "libcuda.c", folder / "libcuda.so.1"
     source.write_text(_LIBCUDA)
     build = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
     subprocess.run(build, check=True)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
-    pretended = PretendedDriver(capability, ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL))
+    launches = ctypes.c_int.in_dll(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL), "launches")
+    return PretendedDriver(target, CudaLauncher, launches)
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it has run, the assembler among them."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def pretend(target: str) -> PretendedDriver:
+    """From now on this process has a GPU, for which it compiles and on which it launches nothing."""
+    scratch = tempfile.TemporaryDirectory(prefix="triton")
+    os.environ["TRITON_CACHE_DIR"] = str(Path(scratch.name) / "cache")
+    pretended = pretended_driver(target, Path(scratch.name))
     pretended.scratch = scratch  # removed with the driver, when the process ends
     driver.set_active(pretended)  # type: ignore[arg-type]
     original = triton.compiler.compile
 
     def compile(source: Any, *arguments: Any, **options: Any) -> Any:
-        started = time.perf_counter()
+        started = processor_seconds()
         kernel = original(source, *arguments, **options)
-        seconds = time.perf_counter() - started
-        registers, stack = resources(kernel.asm["cubin"])
+        seconds = processor_seconds() - started
+        registers, stack = resources(kernel)
         metadata = kernel.metadata
         pretended.compiled.append(
             Compiled(
                 source.fn.fn.__module__,
                 metadata.name,
-                capability,
-                seconds,
+                target,
+                round(seconds, 2),
                 registers,
                 stack,
                 metadata.shared,
@@ -152,11 +188,11 @@ def pretend(capability: int) -> PretendedDriver:
     return pretended
 
 
-def pretend_table(capability: int, persistent: bool) -> None:
+def pretend_table(target: str, persistent: bool) -> None:
     """The kernels' tables of configurations are asked about that GPU, though tensors are on the CPU."""
     from fusedreg.backends.triton import backward_configuration, backward_loop, configurations, forward_loop
 
-    limits = configurations.Device(132 if capability >= 90 else 108, shared_bytes(capability))
+    limits = configurations.Device(*LIMITS[target])
     configurations.device_limits = lambda device: limits
     forward_loop.forward_configuration = functools.partial(configurations.forward_configuration, persistent=persistent)
     backward_loop.backward_configuration = functools.partial(
@@ -164,7 +200,15 @@ def pretend_table(capability: int, persistent: bool) -> None:
     )
 
 
-def run(name: str, *, rates: float = 1.0, **case_fields: Any) -> None:
+def sliced(value: torch.Tensor | None) -> torch.Tensor | None:
+    """The same values one element into an allocation: where a slice of a stack may stand."""
+    if value is None:
+        return None
+    whole = value.new_empty(value.numel() + 1)
+    return whole[1:].view(value.shape).copy_(value)
+
+
+def run(name: str, *, again: bool, **case_fields: Any) -> None:
     """A layer's forward and backward on the pretended GPU: whatever its results are, its kernels are launched."""
     from helpers import REGULARIZERS
 
@@ -172,36 +216,44 @@ def run(name: str, *, rates: float = 1.0, **case_fields: Any) -> None:
     from fusedreg.encoding import DIFFERENTIABLE, SAVE_GATES, SAVE_RECOMPUTE, encode_options, hidden_differs
     from fusedreg.testing import LayerCase, make_arguments
 
+    name, *features = name.split("+")
+    case_fields["proj_size"] = case_fields["hidden_size"] // 4 if "proj" in features else 0
+    case_fields["probes"] = "probes" in features
     case = LayerCase(name, regularization=REGULARIZERS[name], ragged=True, resets=True, input_size=8, **case_fields)
     given = make_arguments(case, 0)
-    tensors = given.tensors()
-    changed, options, eps = encode_options(case.options, SAVE_RECOMPUTE if case.recompute else SAVE_GATES)
-    encoded = ([rate * rates for rate in changed], options, eps)
+    groups = 2 if "groups" in features else 1
+    if groups > 1:
+        given = given._replace(seed=torch.zeros(groups, 2, dtype=torch.int64))
+    tensors, incoming = given.tensors(), [given.gradients[key] for key in ("output", "final_hidden", "final_cell")]
+    incoming.append(given.gradients["cells"])
+    if again:
+        tensors, incoming = tuple(map(sliced, tensors)), [sliced(value) for value in incoming]  # type: ignore[misc]
+    rates, options, eps = encode_options(case.options, SAVE_RECOMPUTE if case.recompute else SAVE_GATES)
+    encoded = ([rate / 2 if again else rate for rate in rates], [*options[:14], groups], eps)
     output, _, _, cells, hidden, *saved = forward(*tensors, *encoded)
     carried = hidden if hidden_differs(*encoded[:2]) else output
     needed = [tensors[place] is not None for place in DIFFERENTIABLE]
-    incoming = [given.gradients[key] for key in ("output", "final_hidden", "final_cell", "cells")]
     backward(*incoming, *tensors, cells, carried, *saved, *encoded, needed)
 
 
-def main(capability: int, cases: list[str]) -> None:
-    pretended = pretend(capability)
+def main(target: str, cases: list[str]) -> None:
+    pretended = pretend(target)
     torch.set_num_threads(1)
     for case in cases:
         name, dtype, hidden_size, rows, kind, precision = case.split(":")
         torch.set_float32_matmul_precision(precision)
-        pretend_table(capability, kind == "persistent")
+        pretend_table(target, kind == "persistent")
         fields = {"hidden_size": int(hidden_size), "dtype": getattr(torch, dtype), "recompute": kind == "step"}
         for again in (False, True):
             pretended.compiled.clear()
-            if again:  # one row less, which leaves the tile of rows as it is
-                run(name, rates=0.5, rows=int(rows) - 1, steps=16, layer=1, num_layers=3, **fields)
+            if again:  # two rows less, which leaves the tile of rows as it is
+                run(name, again=True, rows=int(rows) - 2, steps=16, layer=1, num_layers=3, **fields)
             else:
-                run(name, rows=int(rows), **fields)
+                run(name, again=False, rows=int(rows), **fields)
             for kernel in pretended.compiled:
                 print(json.dumps({"case": case, "again": again, **kernel._asdict()}), flush=True)
     print(json.dumps({"launches": pretended.launches}))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[1], sys.argv[2:])

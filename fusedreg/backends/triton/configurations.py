@@ -21,6 +21,7 @@ _SPARE_BYTES = 24 * 1024  # of a program's shared memory: for sums over warps, a
 _LEAST_SHARED = 64 * 1024
 _TILE_BYTES = 32 * 1024  # of h at once: each tile is a wait for the exchange, and each byte a register's
 _TILES = 8  # of a gate at most that are held: each is code of its own, and compiling it takes its time
+_FEW_ELEMENTS = 1024  # of a tile, that four warps can hold in registers
 _PADDING = 1.34  # how much wider than H the tiles may be together
 
 
@@ -133,7 +134,8 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
     columns, resident = _columns(layer, tile_rows, units, precision, limits if persistent else None)
     # One element of the tile to a thread; and warps that have no rows of their own in the product split its columns.
     small = tile_rows <= 32 and (dtype != torch.float32 or precision != "ieee")
-    warps = 8 if resident and tile_rows == 32 and columns >= 128 else 4
+    wide = tile_rows * units > _FEW_ELEMENTS
+    warps = 8 if wide or (resident and tile_rows == 32 and columns >= 128) else 4
     split = warps if small and columns >= 16 * warps else 1
     programs = -(-hidden_size // units)
     tiles = -(-rows // tile_rows)
