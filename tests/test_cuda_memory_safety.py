@@ -80,7 +80,15 @@ REGISTERED = [
 ]
 
 
-@pytest.mark.parametrize(("test", "arguments"), [call for test in REGISTERED for call in calls_of(test)])
+def seen_by_the_host(call: Any) -> bool:
+    """First steps in a seed's table are not: there they are taken modulo 2**32."""
+    return "first steps" not in call.values[1].get("message", "")
+
+
+REGISTERED_CALLS = [call for test in REGISTERED for call in calls_of(test) if seen_by_the_host(call)]
+
+
+@pytest.mark.parametrize(("test", "arguments"), REGISTERED_CALLS)
 def test_registration(test: Callable[..., None], arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "forward", OPERATORS.lstm_layer_forward.default)
     monkeypatch.setattr(registration, "backward", OPERATORS.lstm_layer_backward.default)

@@ -1,4 +1,6 @@
-"""The whole option space at random on the emulated device: float64 in the step tier, float32 in the persistent ones."""
+"""The whole option space at random on the emulated device: float64 in the step tier, float32 in the persistent ones,
+which have no projections.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +46,7 @@ def test_persistent_tiers(tier: str, case: LayerCase, seed: int, schedule: int) 
         steps=min(case.steps, 4),
         rows=min(max(case.rows, 12), 20),
         hidden_size=max(case.hidden_size, 16),
+        proj_size=0,  # the step tier's
         regularization=regularization,
     )
     arguments = make_arguments(case, seed)
