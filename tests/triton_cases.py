@@ -11,6 +11,7 @@ FEW = (
     "everything+probes:bfloat16:256:16:persistent:highest",
     "batch_norm+proj:bfloat16:64:12:step:highest",
     "layer_norm+groups:float16:64:12:step:highest",
+    "none:bfloat16:64:12:step:highest",
 )
 
 # Each norm and none, by tiles of rows; types in turn.
