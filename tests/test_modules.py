@@ -402,9 +402,10 @@ def test_bfloat16_and_back() -> None:
 
 def test_docstring_mentions_every_argument() -> None:
     text = (fusedreg.LSTM.__doc__ or "") + (fusedreg.LSTM.forward.__doc__ or "")
+    of_regularization = {field.name for field in dataclasses.fields(Regularization)}  # described there
     for function in (fusedreg.LSTM.__init__, fusedreg.LSTM.forward):
-        for name in list(inspect.signature(function).parameters)[1:]:
-            assert re.search(rf"\b{name}\b", text), name
+        for name in [*inspect.signature(function).parameters][1:]:
+            assert name in of_regularization or re.search(rf"\b{name}\b", text), name
 
 
 def test_batch_first_can_be_assigned_later() -> None:
