@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 # Where the tests run: the GPU's own column is tests/gpu/test_gpu_support.py.
 PLACES = [Place("cpu"), Place("cuda", "emulated"), Place("triton", "interpreter"), Place("reference")]
 # In the interpreter a row takes seconds a type; the tool that writes the file runs all of them.
-INTERPRETED = {"rates": DTYPES}
+INTERPRETED: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
 
 
 def rows() -> list[Any]:
@@ -44,9 +44,7 @@ def test_a_row(place: Place, feature: Feature) -> None:
     reason = place.unavailable()
     if reason is not None:
         pytest.skip(f"not run: {reason}")
-    dtypes: tuple[torch.dtype, ...] = DTYPES
-    if place.slow:
-        dtypes = INTERPRETED.get(feature.key, (torch.float32, torch.float64) if not feature.together else DTYPES[:1])
+    dtypes = INTERPRETED if place.slow and len(feature.dtypes) == len(DTYPES) else DTYPES
     claimed = RESULTS["places"][place.backend][feature.key]
     found = outcomes(feature, place, dtypes)
     assert found == {word: claimed[word] for word in found}
