@@ -142,6 +142,10 @@ def test_bad_arguments() -> None:
         NonMonotonicTrigger(rule="best")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="loss: expected a number, got NaN"):
         NonMonotonicTrigger().step(float("nan"))
+    with pytest.raises(TypeError, match=r"loss: expected a number, got shape \(2,\)"):
+        NonMonotonicTrigger().step(torch.zeros(2))
+    with pytest.raises(TypeError, match=r"loss: expected a number, got '5\.0' of type str"):
+        NonMonotonicTrigger().step("5.0")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="parameters: expected at least one, got none"):
         ParameterAverage([])
     with pytest.raises(TypeError, match="parameters: expected a module or parameters"):

@@ -128,3 +128,9 @@ def test_bad_arguments() -> None:
         clip_gradients(lstm, 0.0)
     with pytest.raises(TypeError, match="model: expected a torch"):
         clip_gradients(list(lstm.parameters()), 1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="exclude: expected a module or several, got NoneType"):
+        clip_gradients(lstm, 1.0, exclude=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="norm_type: expected a number, got 'inf'"):
+        clip_gradients(lstm, 1.0, norm_type="inf")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="norm_type: expected a number above 0, got nan"):
+        clip_gradients(lstm, 1.0, norm_type=float("nan"))

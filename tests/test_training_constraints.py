@@ -174,3 +174,13 @@ def test_bad_arguments() -> None:
     nn.utils.parametrizations.weight_norm(lstm, "weight_hh_l0")
     with pytest.raises(ValueError, match="expected weight_hh_l0 to be a plain parameter, got a parametrised one"):
         cap_spectral_norm_(lstm, 1.0)
+
+
+@pytest.mark.parametrize("constrain", [max_norm_, cap_spectral_norm_, cap_spectral_radius_])
+def test_a_refusal_changes_nothing(constrain: Any) -> None:
+    model = nn.ModuleList([spread(nn.LSTM(3, 4)), nn.LSTM(3, 4)])
+    nn.utils.parametrizations.weight_norm(model[1], "weight_hh_l0")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"expected 1\.weight_hh_l0 to be a plain parameter"):
+        constrain(model, 0.1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

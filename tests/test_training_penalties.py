@@ -171,8 +171,19 @@ def test_bad_arguments() -> None:
         l2_penalty([], 1.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"strength: expected a non-negative finite number, got -1"):
         activity_l2(output, -1.0)
-    with pytest.raises(ValueError, match=r"lengths: expected one a row, 2 of them, got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"lengths: expected shape \(2,\), got \(3,\)"):
         activity_l1(output, 1.0, lengths=[1, 2, 3])
+    with pytest.raises(
+        ValueError, match=r"lengths: expected values in \[0, 5\], the input's steps, got .* from 1 to 6"
+    ):
+        activity_l1(output, 1.0, lengths=[1, 6])
+    with pytest.raises(ValueError, match=r"lengths: expected one number for an unbatched output, got shape \(1,\)"):
+        activity_l1(output[:, 0], 1.0, lengths=[3])
+    for function in (activity_l1, temporal_activation_regularization):
+        with pytest.raises(
+            TypeError, match=r"output: expected a tensor or a PackedSequence, got LSTMResult; pass the fi"
+        ):
+            function(fusedreg.LSTM(3, 4)(output), 1.0)  # type: ignore[arg-type]
     packed = pack_padded_sequence(output, [5, 5])
     for function in (activity_l1, temporal_activation_regularization):
         with pytest.raises(ValueError, match="lengths: expected None with a PackedSequence"):

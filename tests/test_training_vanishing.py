@@ -248,6 +248,12 @@ def test_bad_arguments() -> None:
         vanishing_gradient_penalty(nn.Linear(1, 1), result.output.sum(), input, result)
     with pytest.raises(ValueError, match="loss: expected one that was computed from result"):
         vanishing_gradient_penalty(lstm, lstm(input)[0].sum(), input, result)
+    with pytest.raises(ValueError, match="loss: expected one that was computed from result"):
+        vanishing_gradient_penalty(lstm, torch.zeros(()), input, result)
+    with pytest.raises(TypeError, match=r"loss: expected a tensor with one element, got shape"):
+        vanishing_gradient_penalty(lstm, result.output, input, result)
+    with pytest.raises(TypeError, match=r"result: expected output, \(h_n, c_n\), got Tensor"):
+        vanishing_gradient_penalty(lstm, result.output.sum(), input, result.output)
     normed, _ = case(fusedreg.LSTM, norm=fusedreg.BatchNorm(max_steps=T))
     result = normed(input)
     with pytest.raises(ValueError, match="lstm: expected no BatchNorm"):

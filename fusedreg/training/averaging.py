@@ -57,9 +57,16 @@ class NonMonotonicTrigger:
         """Take a validation's loss (or perplexity: only the order matters), and say whether to average from now on.
 
         Raises:
-            ValueError: the loss is NaN, of which nothing can be said.
+            ValueError: the loss is NaN, of which nothing can be said. TypeError: it is not one number.
         """
-        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            loss = float(loss.detach())
+        if isinstance(loss, (Tensor, str)) or not hasattr(loss, "__float__"):
+            got = (
+                f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r} of type {type(loss).__name__}"
+            )
+            raise TypeError(f"loss: expected a number, got {got}; pass the mean over the validation set")
+        value = float(loss)
         if math.isnan(value):
             raise ValueError("loss: expected a number, got NaN; training has diverged")
         if len(self.losses) > self.patience:

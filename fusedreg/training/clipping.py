@@ -53,8 +53,8 @@ def clip_gradients(
 
     Raises:
         ValueError: an unknown component, ``components`` beside a mapping, an excluded module that the model does not
-            contain, a ``max_norm`` that is not positive. TypeError: not a module, not a number. RuntimeError: with
-            ``error_if_nonfinite``; gradients are then as they were.
+            contain, a ``max_norm`` or ``norm_type`` that is not positive. TypeError: not a module, not a
+            number. RuntimeError: with ``error_if_nonfinite``. Gradients are then as they were.
 
     Example:
         >>> import torch, fusedreg
@@ -65,6 +65,7 @@ def clip_gradients(
         True
     """
     limits = _limits(max_norm, components)
+    _check_norm_type(norm_type)
     excluded = _excluded(model, exclude)
     component = by_identity(model)
     members: dict[Component, list[nn.Parameter]] = {}
@@ -124,7 +125,18 @@ def _limits(max_norm: float | Mapping[str, float], components: Iterable[str] | N
     return dict.fromkeys(chosen, limit)
 
 
+def _check_norm_type(norm_type: object) -> None:
+    if isinstance(norm_type, bool) or not isinstance(norm_type, (int, float)):
+        raise TypeError(f"norm_type: expected a number, got {norm_type!r} of type {type(norm_type).__name__}; pass 2.0")
+    if not norm_type > 0.0:  # NaN too
+        raise ValueError(f"norm_type: expected a number above 0, got {norm_type!r}; 2.0 is the Euclidean norm")
+
+
 def _excluded(model: nn.Module, exclude: nn.Module | Iterable[nn.Module]) -> set[int]:
+    if not isinstance(exclude, (nn.Module, Iterable)):
+        raise TypeError(
+            f"exclude: expected a module or several, got {type(exclude).__name__}; leave exclude out to clip everything"
+        )
     modules = [exclude] if isinstance(exclude, nn.Module) else list(exclude)
     if not modules:
         return set()

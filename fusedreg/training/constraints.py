@@ -6,7 +6,7 @@ alone, a tied one is treated once, and one that is parametrised is refused: what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -187,8 +187,9 @@ class SpectralNormCap:
         return measured
 
 
-def _weights(model: nn.Module, components: tuple[Component, ...], *, blocks: bool = False) -> Iterator[_Weight]:
-    """The matrices to be constrained, each once; with ``blocks`` only ``weight_hh``."""
+def _weights(model: nn.Module, components: tuple[Component, ...], *, blocks: bool = False) -> list[_Weight]:
+    """The matrices to be constrained, each once; with ``blocks`` only ``weight_hh``. All, or an error: never some."""
+    found: list[_Weight] = []
     seen: set[int] = set()
     for name, module in find_lstms(model):
         for place in places(module):
@@ -203,7 +204,8 @@ def _weights(model: nn.Module, components: tuple[Component, ...], *, blocks: boo
                 )
             if id(value) not in seen and value.requires_grad:
                 seen.add(id(value))
-                yield _Weight(full_name, place, module, value)
+                found.append(_Weight(full_name, place, module, value))
+    return found
 
 
 def _blocks(weight: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedreg.validation import check_lengths
+
 
 def is_time_first(output: Tensor, batch_first: bool) -> bool:
     """Whether axis 0 is time: with the default layout, and without a batch."""
@@ -17,20 +19,38 @@ def valid_steps(output: Tensor, lengths: Tensor | Sequence[int] | None, batch_fi
     """Bool, the output's shape without its features: true before each row's length. ``None`` without lengths.
 
     Raises:
-        ValueError: not one length a row, or an output that is neither batched nor unbatched.
+        ValueError: not one length a row, one out of [0, T] on the host, or an output that is neither batched nor
+            unbatched. TypeError: no tensor, or lengths that are not integers.
     """
+    check_output(output)
     if output.dim() not in (2, 3):
         raise ValueError(f"output: expected 3 axes, or 2 unbatched, got shape {tuple(output.shape)}")
     if lengths is None:
         return None
-    on_device = torch.as_tensor(lengths, device=output.device)
-    rows = output.shape[0 if batch_first else 1] if output.dim() == 3 else None
-    if tuple(on_device.shape) != (() if rows is None else (rows,)):
-        raise ValueError(f"lengths: expected one a row, {rows} of them, got shape {tuple(on_device.shape)}")
-    steps = torch.arange(output.shape[0 if is_time_first(output, batch_first) else 1], device=output.device)
-    if rows is None:
-        return steps < on_device
+    number_of_steps = output.shape[0 if is_time_first(output, batch_first) else 1]
+    steps = torch.arange(number_of_steps, device=output.device)
+    if output.dim() == 2:
+        length = torch.as_tensor(lengths)
+        if length.dim() != 0:
+            raise ValueError(
+                f"lengths: expected one number for an unbatched output, got shape {tuple(length.shape)}; pass an int"
+            )
+        return steps < check_lengths(length.unsqueeze(0), 1, number_of_steps, output.device)
+    on_device = check_lengths(lengths, output.shape[0 if batch_first else 1], number_of_steps, output.device)
     return steps < on_device[:, None] if batch_first else steps[:, None] < on_device
+
+
+def check_output(output: object) -> None:
+    """Check that it is a tensor, and not all that an LSTM returns.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"output: expected a tensor or a PackedSequence, got {type(output).__name__}; pass the first of what the "
+            f"LSTM returns: output, _ = lstm(input)"
+        )
 
 
 def check_not_packed_twice(lengths: object) -> None:

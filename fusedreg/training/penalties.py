@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedreg.training.components import non_negative, numbers_by_component, uses_of_weights
-from fusedreg.training.padding import check_not_packed_twice, is_time_first, valid_steps
+from fusedreg.training.padding import check_not_packed_twice, check_output, is_time_first, valid_steps
 
 
 def l1_penalty(model: nn.Module, strength: float | Mapping[str, float]) -> Tensor:
@@ -199,6 +199,7 @@ def temporal_activation_regularization(
         check_not_packed_twice(lengths)
         undropped, lengths = nn.utils.rnn.pad_packed_sequence(undropped)
         batch_first = False
+    check_output(undropped)
     time_axis = 0 if is_time_first(undropped, batch_first) else 1
     steps = undropped.shape[time_axis]
     difference = undropped.narrow(time_axis, 1, steps - 1) - undropped.narrow(time_axis, 0, steps - 1)

@@ -122,11 +122,18 @@ class Call(NamedTuple):
 
 def _result_gradients(loss: Tensor, result: Any) -> tuple[Any, ...]:
     """What reaches output, ``h_n`` and ``c_n`` directly."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss: expected a tensor with one element, got {got}; pass what backward() is called on")
+    if not isinstance(result, Sequence) or len(result) < 2 or not isinstance(result[1], Sequence):
+        raise TypeError(
+            f"result: expected output, (h_n, c_n), got {type(result).__name__}; pass what the LSTM returned, whole"
+        )
     output, (hidden, cell) = result[0], result[1]
     tensors = (output.data if isinstance(output, PackedSequence) else output, hidden, cell)
-    asked = [tensor for tensor in tensors if tensor.requires_grad]
+    asked = [tensor for tensor in tensors if tensor.requires_grad and loss.requires_grad]
     found: Any = iter(torch.autograd.grad(loss, asked, retain_graph=True, allow_unused=True) if asked else ())
-    gradients = tuple(next(found) if tensor.requires_grad else None for tensor in tensors)
+    gradients = tuple(next(found) if asked and tensor.requires_grad else None for tensor in tensors)
     if all(gradient is None for gradient in gradients):
         raise ValueError(
             "loss: expected one that was computed from result, got one that does not depend on it; pass the very "
