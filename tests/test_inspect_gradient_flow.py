@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 from typing import Any
@@ -427,6 +428,11 @@ class TestMarks:
         layer = flow.layers[0]
         assert layer.norm_over_time()[3:].isnan().all() and layer.marks(vanishing=0.0).vanishing == ()
         assert layer.marks().reference == layer.norm_over_time()[2].item()
+
+    def test_no_rows(self) -> None:
+        with GradientFlow(lstm := module()) as flow:
+            lstm(batch()[:, :0])[0].sum().backward()
+        assert all(math.isnan(row["norm"]) and math.isnan(row["largest"]) and not row["mark"] for row in flow.rows())
 
     def test_bad_arguments(self) -> None:
         with GradientFlow(lstm := module()) as flow:

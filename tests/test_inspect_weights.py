@@ -80,6 +80,17 @@ def test_parametrised_and_shared_weights() -> None:
     assert labels == ["0.l0"] * 4
 
 
+def test_a_model_without_lstms() -> None:
+    tracker = WeightTracker(head := nn.Linear(2, 3))
+    with tracker.measure(), torch.no_grad():
+        head.weight *= 3
+    assert tracker.steps[0].ratio[Key("", "other", "")] == pytest.approx(2.0)
+    tracker = WeightTracker(nn.Identity())
+    with tracker.measure():
+        pass
+    assert tracker.steps[0].norm == {} and tracker.labels == []
+
+
 def test_reading_changes_no_parametrisation() -> None:
     """A spectral norm moves its power iteration on at each reading in training."""
     lstm = parametrizations.spectral_norm(nn.LSTM(I, H), "weight_hh_l0")

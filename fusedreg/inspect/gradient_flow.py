@@ -245,7 +245,8 @@ class GradientFlow(Watcher):
             for layer in call.layers:
                 for state in STATES:
                     marks = layer.marks(state, **bounds)
-                    largest = layer.norms(state).amax(1).tolist()
+                    norms = layer.norms(state)
+                    largest = norms.amax(1).tolist() if norms.shape[1] else [math.nan] * norms.shape[0]
                     for step, norm in enumerate(layer.norm_over_time(state).tolist()):
                         mark = (
                             "vanishing" if step in marks.vanishing else "exploding" if step in marks.exploding else ""

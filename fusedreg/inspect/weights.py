@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fusedreg.inspect import figures
 from fusedreg.inspect.places import GATES, by_gate, layer_tensors, places
 from fusedreg.inspect.tables import check_writer, to_pandas
+from fusedreg.modules import LSTM
 from fusedreg.training.components import behind, classify
 from fusedreg.training.components import places as parameter_places
 
@@ -65,8 +66,9 @@ def weights_by_key(model: nn.Module) -> dict[Key, list[Tensor]]:
     """
     found: dict[Key, list[Tensor]] = {}
     listed: set[int] = set()
+    has_lstms = any(isinstance(module, (LSTM, nn.LSTM)) for module in model.modules())
     with torch.no_grad():
-        for place, module in places(model):
+        for place, module in places(model) if has_lstms else ():
             tensors = layer_tensors(module, place)
             for own in parameter_places(module):
                 parts = {id(part) for part in behind(module, own.name)}
@@ -162,7 +164,7 @@ class WeightTracker:
             olds = before[key]
             changes = [new.double() - old.double() for new, old in zip(values, olds, strict=True)]
             rows.append(torch.stack([_norm(olds), _norm(changes), _norm(values)]).cpu())
-        numbers = dict(zip(before, torch.stack(rows).tolist(), strict=True))
+        numbers = dict(zip(before, torch.stack(rows).tolist() if rows else [], strict=True))
         self.steps.append(
             WeightStep(
                 self._count - 1,
