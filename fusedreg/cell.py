@@ -288,6 +288,7 @@ class LSTMCell(RegularizedModule):
         if options.draws:
             self._remember_seed(place.seed)
         if result.statistics is not None and isinstance(norm, BatchNorm):
+            running_statistics.check_samples([buffers], [result.statistics], None)
             running_statistics.update_step(buffers, result.statistics, norm, step=place.step, rows=input.shape[0])
         wanted = input.dtype if cell is None else cell.dtype
         output, hidden, cell = result.output.squeeze(0), result.final_hidden, result.final_cell

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedreg.layer import LayerOptions, compute_dtype
+from fusedreg.masks import WEIGHT
 from fusedreg.regularization import BatchNorm, Regularization
 from fusedreg.validation import InputError, InputTypeError
 
@@ -129,7 +130,7 @@ def check_sequence(sequence: Any, seed: Any, generator: Any, draws: bool) -> Non
     """Check that a sequence is one, decides the masks alone, and has a seed where masks are drawn.
 
     Raises:
-        TypeError: not a ``CellSequence``. ValueError: beside a seed or generator, before step 0, or without a seed.
+        TypeError: not a ``CellSequence``. ValueError: beside a seed or generator, a step out of range, no seed.
     """
     from fusedreg.cell import CellSequence  # here, because fusedreg.cell imports this module
 
@@ -141,10 +142,10 @@ def check_sequence(sequence: Any, seed: Any, generator: Any, draws: bool) -> Non
         given = "seed" if seed is not None else "generator"
         raise ValueError(f"{given}: expected None beside a sequence, which has a seed, got both; pass it to cell.begin")
     step: Any = sequence.step  # inside torch.compile it may be a symbolic int
-    if isinstance(step, (bool, float)) or not (isinstance(step, int) or hasattr(step, "__index__")):
+    if isinstance(step, (bool, float, Tensor)) or not (isinstance(step, int) or hasattr(step, "__index__")):
         raise TypeError(f"sequence: expected an int for its step, got {type(step).__name__}; pass sequence.at(step)")
-    if step < 0:
-        raise ValueError(f"sequence: expected a step of 0 or more, got {step}; count steps from 0")
+    if not 0 <= step < WEIGHT:  # from there on the counter names masks of other families: see fusedreg.masks
+        raise ValueError(f"sequence: expected a step in [0, {WEIGHT}), got {step}; count steps from 0")
     if draws and sequence.seed is None:
         raise ValueError(
             "sequence: expected one with a seed, since masks are drawn in training, got one that was begun in "

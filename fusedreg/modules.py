@@ -257,6 +257,7 @@ class LSTM(RegularizedModule):
             self._remember_seed(call.seed)
         norm = self._regularization.norm
         if running is not None and plan.training and isinstance(norm, BatchNorm):
+            running_statistics.check_samples(running, call.statistics, call.lengths)
             sizes = {"steps": call.steps, "rows": call.rows}
             for buffers, statistics in zip(running, call.statistics, strict=True):
                 assert statistics is not None

@@ -10,7 +10,7 @@ A training call updates row ``s`` where step ``s`` had at least two rows of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -125,6 +125,43 @@ def read_running(
     pooled = norm.input_statistics == "sequence"
     index = running_index(counts, steps)
     return RunningStatistics(index, running_index(counts[:1], steps) if pooled else index, **values)
+
+
+def check_samples(
+    buffers: Sequence[Mapping[str, Tensor]], statistics: Sequence[BatchStatistics | None], lengths: Tensor | None
+) -> None:
+    """Before anything is updated inside ``torch.vmap``: samples that have statistics of their own need such buffers.
+
+    Args:
+        buffers, statistics: by layer and direction.
+        lengths: the call's.
+
+    Raises:
+        RuntimeError: there is one set of buffers for all samples.
+    """
+    if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return
+    for own, batch in zip(buffers, statistics, strict=True):
+        batched = set().union(*(_vmap_levels(value) for value in (*(batch or ()), lengths) if value is not None))
+        if any(batched - _vmap_levels(value) for value in own.values()):
+            raise RuntimeError(
+                "fusedreg: expected running statistics of each sample's own inside torch.vmap, where a batch norm in "
+                "training has statistics of each sample, got one set for all samples; pass batched buffers to "
+                "torch.func.functional_call (stack_module_state makes them), or use fusedreg.functional.lstm, which "
+                "reads buffers and never writes them, or module.eval()"
+            )
+
+
+def _vmap_levels(tensor: Tensor) -> set[int]:
+    """Which of the ``torch.vmap`` calls around have this tensor batched. Torch's internals: for vmap alone."""
+    from torch._C import _functorch as functorch
+
+    levels = set()
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            levels.add(functorch.maybe_get_level(tensor))
+        tensor = functorch.get_unwrapped(tensor)
+    return levels
 
 
 def update_running(

@@ -246,6 +246,21 @@ def test_what_cannot_be_folded_loops(case: str) -> None:
     close(ours, loop(function, dims, *arguments))
 
 
+@pytest.mark.parametrize("kind", [fusedreg.LSTM, fusedreg.LSTMCell])
+def test_batch_norm_in_training_updates_buffers_of_each_samples_own(kind: Any) -> None:
+    modules = [kind(2, 3, norm=BatchNorm(4)).double() for _ in range(SAMPLES)]
+    parameters, buffers = torch.func.stack_module_state(modules)
+    inputs = normal(SAMPLES, 5, 4, 2) if kind is fusedreg.LSTM else normal(SAMPLES, 4, 2)
+    torch.vmap(lambda *own: torch.func.functional_call(modules[0], own[:2], (own[2],))[0])(parameters, buffers, inputs)
+    for module, sample in zip(modules, inputs, strict=True):
+        module(sample)
+    _, expected = torch.func.stack_module_state(modules)
+    torch.testing.assert_close(buffers, expected)
+    with pytest.raises(RuntimeError, match="expected running statistics of each sample's own inside"):
+        torch.vmap(lambda sample: modules[0](sample)[0])(inputs)
+    torch.testing.assert_close(dict(modules[0].named_buffers()), {name: value[0] for name, value in expected.items()})
+
+
 def test_batch_norm_in_evaluation_folds() -> None:
     module = make(Regularization(norm=BatchNorm(max_steps=5)))
     module(normal(4, 6, 2))

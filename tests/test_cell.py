@@ -250,7 +250,15 @@ OF_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "sequence": ({"sequence": 5}, r"sequence: expected what cell.begin\(\) returns, got int"),
     "two seeds": ({"sequence": CellSequence(torch.tensor(3)), "seed": 3}, r"seed: expected None beside a sequence"),
     "no seed": ({"sequence": CellSequence(None)}, r"sequence: expected one with a seed.*cell.train\(\)"),
-    "before": ({"sequence": CellSequence(torch.tensor(3), -1)}, r"sequence: expected a step of 0 or more, got -1"),
+    "before": ({"sequence": CellSequence(torch.tensor(3), -1)}, r"sequence: expected a step in \[0, .*\), got -1"),
+    "after": (
+        {"sequence": CellSequence(torch.tensor(3), 2**32 - 5)},
+        r"sequence: expected a step in \[0, 4294967291\)",
+    ),
+    "a tensor": (
+        {"sequence": CellSequence(torch.tensor(3), torch.tensor(1.5))},
+        "sequence: expected an int for its ste",
+    ),
     "seed": ({"seed": 0.5}, r"seed: expected an int"),
 }
 
