@@ -79,12 +79,12 @@ def variants(rates: Mapping[str, float], steps: int) -> tuple[Variant, ...]:
 
 
 def load_characters(settings: harness.Settings) -> tuple[Tensor, Tensor, Tensor, int]:
-    """15,000 characters of the training plays; of the two held-out plays, one to validate and one to test."""
+    """60,000 characters of the training plays; of the two held-out plays, one to validate and one to test."""
     corpus = shakespeare.load()
     half = len(corpus.held_out) // 2
     size = settings.pick(20_000, 4_000)
     return (
-        corpus.training[: settings.pick(15_000, 8_000)],
+        corpus.training[: settings.pick(60_000, 8_000)],
         corpus.held_out[:half][:size],
         corpus.held_out[half:][:size],
         len(corpus.characters),
@@ -92,8 +92,8 @@ def load_characters(settings: harness.Settings) -> tuple[Tensor, Tensor, Tensor,
 
 
 def load_words(settings: harness.Settings) -> tuple[Tensor, Tensor, Tensor, int]:
-    """12,000 words of the Bible's training chapters with the 2,000 most frequent ones known."""
-    words = data.bible(vocabulary=2000, training_words=settings.pick(12_000, 8_000))
+    """60,000 words of the Bible's training chapters with the 2,000 most frequent ones known."""
+    words = data.bible(vocabulary=2000, training_words=settings.pick(60_000, 8_000))
     size = settings.pick(12_000, 4_000)
     return words.training, words.validation[:size], words.test[:size], len(words.vocabulary)
 
@@ -108,10 +108,10 @@ TEXTS = (
         tied=False,
         rows=16,
         steps=50,
-        epochs=24,
+        epochs=36,
         learning_rate=8e-3,
         score=lambda nats: nats / math.log(2.0),
-        variants=variants({"word": 0.0, "input": 0.1, "output": 0.1, "hidden": 0.1, "weight": 0.2, "zoneout": 0.2}, 50),
+        variants=variants({"word": 0.0, "input": 0.1, "output": 0.3, "hidden": 0.2, "weight": 0.3, "zoneout": 0.3}, 50),
     ),
     Text(
         "words",
@@ -122,10 +122,10 @@ TEXTS = (
         tied=True,
         rows=10,
         steps=35,
-        epochs=12,
+        epochs=15,
         learning_rate=5e-3,
         score=math.exp,
-        variants=variants({"word": 0.1, "input": 0.2, "output": 0.3, "hidden": 0.2, "weight": 0.3, "zoneout": 0.3}, 35),
+        variants=variants({"word": 0.1, "input": 0.2, "output": 0.4, "hidden": 0.2, "weight": 0.4, "zoneout": 0.3}, 35),
     ),
 )
 
