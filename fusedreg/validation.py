@@ -187,8 +187,10 @@ def _lengths_of_sequence(lengths: Any) -> Tensor:
 
 
 def _traced(tensor: Tensor) -> bool:
-    """Whether the values cannot be read: compiled, fake, or inside a ``torch.func`` transform."""
-    return torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._are_functorch_transforms_active()
+    """Whether the values cannot be read: compiled, fake, or transformed by ``torch.func``."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return True
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def check_reset(reset: Any, expected: tuple[int, ...], device: torch.device, bidirectional: bool) -> Tensor:

@@ -103,6 +103,8 @@ def test_bad_arguments() -> None:
     streams = torch.zeros(5, 2)
     with pytest.raises(ValueError, match="rows: expected at most the 3 steps of data, got 4"):
         contiguous_streams(torch.zeros(3), 4)
+    with pytest.raises(TypeError, match=r"data: expected a tensor \(N, \.\.\.\), got list"):
+        contiguous_streams([1, 2, 3], 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rows: expected at least 1, got 0"):
         StatefulBatches(streams, steps=1, rows=0)
     with pytest.raises(TypeError, match=r"steps: expected an int, got 2\.5"):

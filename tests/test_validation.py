@@ -96,6 +96,14 @@ def test_lengths_without_values_are_not_read() -> None:
     assert torch.equal(got, batched)
 
 
+def test_lengths_that_samples_share_are_read() -> None:
+    def call(sample: torch.Tensor) -> torch.Tensor:
+        return sample + validation.check_lengths([4, 0], 2, 3, CPU)
+
+    with pytest.raises(ValueError, match=r"lengths: expected values in \[0, 3\]"):
+        torch.vmap(call)(torch.zeros(2, 2))
+
+
 def test_lengths_are_clamped_where_they_cannot_be_read() -> None:
     module = LSTM(4, 5, backend="reference")
     input = torch.randn(3, 2, 4)

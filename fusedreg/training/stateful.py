@@ -57,7 +57,7 @@ def contiguous_streams(data: Tensor, rows: int) -> Tensor:
         ``(N // B, B, ...)``: column ``b`` holds steps ``b · (N // B)`` and on.
 
     Raises:
-        ValueError, TypeError: ``rows`` is not an int between 1 and N.
+        ValueError, TypeError: ``rows`` is not an int between 1 and N, ``data`` is no tensor.
 
     Example:
         >>> import torch, fusedreg
@@ -67,6 +67,9 @@ def contiguous_streams(data: Tensor, rows: int) -> Tensor:
                 [2, 5]])
     """
     _check_count("rows", rows)
+    if not isinstance(data, Tensor) or data.dim() == 0:
+        got = "no dimensions" if isinstance(data, Tensor) else type(data).__name__
+        raise TypeError(f"data: expected a tensor (N, ...), got {got}; convert with torch.as_tensor")
     if len(data) < rows:
         raise ValueError(f"rows: expected at most the {len(data)} steps of data, got {rows}; pass a smaller batch")
     steps = len(data) // rows
