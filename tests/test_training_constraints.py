@@ -184,3 +184,25 @@ def test_a_refusal_changes_nothing(constrain: Any) -> None:
     with pytest.raises(ValueError, match=r"expected 1\.weight_hh_l0 to be a plain parameter"):
         constrain(model, 0.1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("constrain", "name"),
+    [
+        (cap_spectral_norm_, "weight_hh_l0"),
+        (SpectralNormCap, "weight_hh_l0"),
+        (cap_spectral_radius_, "weight_hh_l0"),
+        (cap_spectral_radius_, "weight_hr_l0"),
+    ],
+)
+def test_weights_that_are_not_finite_are_refused(constrain: Any, name: str) -> None:
+    """Eigenvalues of a matrix with NaN end the process in some LAPACKs."""
+    model = nn.ModuleList([spread(nn.LSTM(3, 4)), nn.LSTM(3, 4, proj_size=2)])
+    with torch.no_grad():
+        getattr(model[1], name)[1, 1] = float("nan")
+    before = model[0].weight_hh_l0.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"model: expected finite recurrent weights, got NaN or Inf in 1\.weight_hh_l0"
+    ):
+        constrain(model, 0.1)
+    assert torch.equal(model[0].weight_hh_l0, before)

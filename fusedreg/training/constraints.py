@@ -71,8 +71,8 @@ def cap_spectral_norm_(model: nn.Module, limit: float | Mapping[str, float]) -> 
         By weight's name, ``(4,)``: the largest singular values before, in the order i, f, g, o.
 
     Raises:
-        ValueError: another gate, a limit that is not positive, no LSTM, a parametrised weight. TypeError: not a
-            module, not a number.
+        ValueError: another gate, a limit that is not positive, no LSTM, a parametrised weight, NaN or Inf in
+            a weight. TypeError: not a module, not a number.
 
     Example:
         >>> import torch, fusedreg
@@ -84,7 +84,9 @@ def cap_spectral_norm_(model: nn.Module, limit: float | Mapping[str, float]) -> 
     limits = _gate_limits(limit)
     measured = {}
     with torch.no_grad():
-        for weight in _weights(model, ("recurrent",), blocks=True):
+        weights = _weights(model, ("recurrent",), blocks=True)
+        _check_finite({weight.name: weight.value for weight in weights})
+        for weight in weights:
             blocks = _blocks(weight.value)
             measured[weight.name] = torch.linalg.svdvals(_wide(blocks))[:, 0]
             _scale(blocks, measured[weight.name][:, None, None], limits)
@@ -106,8 +108,8 @@ def cap_spectral_radius_(model: nn.Module, limit: float | Mapping[str, float]) -
         By weight's name, ``(4,)``: the radii before, in the order i, f, g, o.
 
     Raises:
-        ValueError: another gate, a limit that is not positive, no LSTM, a parametrised weight. TypeError: not a
-            module, not a number.
+        ValueError: another gate, a limit that is not positive, no LSTM, a parametrised weight, NaN or Inf in
+            a weight. TypeError: not a module, not a number.
 
     Example:
         >>> import torch, fusedreg
@@ -120,14 +122,12 @@ def cap_spectral_radius_(model: nn.Module, limit: float | Mapping[str, float]) -
     limits = _gate_limits(limit)
     measured = {}
     with torch.no_grad():
-        for weight in _weights(model, ("recurrent",), blocks=True):
-            blocks = _blocks(weight.value)
-            recurrence = _wide(blocks)
-            projection = getattr(weight.module, weight.place.name.replace("weight_hh", "weight_hr"), None)
-            if projection is not None:
-                recurrence = _wide(projection) @ recurrence  # (P, P): the same eigenvalues, but for zeros
-            measured[weight.name] = torch.linalg.eigvals(recurrence).abs().amax(-1)
-            _scale(blocks, measured[weight.name][:, None, None], limits)
+        weights = _weights(model, ("recurrent",), blocks=True)
+        recurrences = {weight.name: _recurrence(weight) for weight in weights}
+        _check_finite(recurrences)
+        for weight in weights:
+            measured[weight.name] = torch.linalg.eigvals(recurrences[weight.name]).abs().amax(-1)
+            _scale(_blocks(weight.value), measured[weight.name][:, None, None], limits)
     return measured
 
 
@@ -163,9 +163,11 @@ class SpectralNormCap:
         self.limits = _gate_limits(limit)
         self.iterations = iterations
         with torch.no_grad():
+            weights = _weights(model, ("recurrent",), blocks=True)
+            _check_finite({weight.name: weight.value for weight in weights})
             self._vectors = {
                 weight.name: torch.linalg.svd(_wide(_blocks(weight.value)), full_matrices=False).Vh[:, 0]
-                for weight in _weights(model, ("recurrent",), blocks=True)
+                for weight in weights
             }
 
     def __call__(self) -> dict[str, Tensor]:
@@ -211,6 +213,28 @@ def _weights(model: nn.Module, components: tuple[Component, ...], *, blocks: boo
 def _blocks(weight: Tensor) -> Tensor:
     """``(4, H, P)``, a view: the gates in the order i, f, g, o."""
     return weight.view(4, -1, weight.shape[1])
+
+
+def _recurrence(weight: _Weight) -> Tensor:
+    """What each gate multiplies into the state at every step: ``(4, H, H)``, or ``(4, P, P)`` with a projection."""
+    blocks = _wide(_blocks(weight.value))
+    projection = getattr(weight.module, weight.place.name.replace("weight_hh", "weight_hr"), None)
+    # Of W_hr W_hh^k, which has the eigenvalues of W_hh^k W_hr, but for zeros.
+    return blocks if projection is None else _wide(projection) @ blocks
+
+
+def _check_finite(matrices: Mapping[str, Tensor]) -> None:
+    """Check before a decomposition: of a matrix with NaN, LAPACK's ends some processes.
+
+    Raises:
+        ValueError: NaN or Inf somewhere, naming the weight.
+    """
+    for name, matrix in matrices.items():
+        if not bool(matrix.isfinite().all()):
+            raise ValueError(
+                f"model: expected finite recurrent weights, got NaN or Inf in {name}; fusedreg.inspect.NonFinite says "
+                f"where it comes from"
+            )
 
 
 def _wide(tensor: Tensor) -> Tensor:
