@@ -286,7 +286,7 @@ class LSTMCell(RegularizedModule):
             running=running_statistics.read_step(buffers, options, place.step, input.dtype) if buffers else None,
         )
         if options.draws:
-            self._remember_seed(place.seed)
+            self._remember_seed(place.seed, given=seed)
         if result.statistics is not None and isinstance(norm, BatchNorm):
             running_statistics.check_samples([buffers], [result.statistics], None)
             running_statistics.update_step(buffers, result.statistics, norm, step=place.step, rows=input.shape[0])

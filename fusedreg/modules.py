@@ -254,7 +254,7 @@ class LSTM(RegularizedModule):
         layers, recorder = self._layer_parameters(), self._recorder
         call = functional.run(plan, input, hx, layers, running, lengths, reset, seed, generator, self.backend, recorder)
         if plan.draws:
-            self._remember_seed(call.seed)
+            self._remember_seed(call.seed, given=seed)
         norm = self._regularization.norm
         if running is not None and plan.training and isinstance(norm, BatchNorm):
             running_statistics.check_samples(running, call.statistics, call.lengths)

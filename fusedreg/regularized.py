@@ -69,11 +69,16 @@ class RegularizedModule(Refusals, nn.Module):
         """
         return self._last_seed
 
-    def _remember_seed(self, seed: Tensor | None) -> None:
-        """Keep the seed of a call that drew masks; an exported program has nowhere to keep it."""
+    def _remember_seed(self, seed: Tensor | None, given: Any) -> None:
+        """Keep the seed of a call that drew masks; an exported program has nowhere to keep it.
+
+        Of a tensor that the caller has ``given``, and may count up in place, a copy.
+        """
         if torch.compiler.is_exporting():
             return
-        self._last_seed = None if torch._C._are_functorch_transforms_active() else seed
+        if torch._C._are_functorch_transforms_active():
+            seed = None
+        self._last_seed = seed.clone() if seed is not None and seed is given else seed
 
     def reset_parameters(self) -> None:
         """Draw the weights as torch's module does; gains, shifts and running statistics get their initial values."""

@@ -92,3 +92,11 @@ def test_after_a_compiled_call() -> None:
     assert mapped(torch.stack((INPUT, INPUT))).shape == (2, 5, 3, 6)
     program = torch.export.export(module, (INPUT,))
     assert program.module()(INPUT)[0].shape == (5, 3, 6)
+
+
+@pytest.mark.parametrize("kind", [fusedreg.LSTM, fusedreg.LSTMCell])
+def test_a_seed_that_the_caller_counts_up_is_kept_as_it_was(kind: Any) -> None:
+    module, seed = kind(3, 4, hidden_dropout=0.5), torch.tensor(12)
+    module(torch.randn(2, 3), seed=seed)
+    seed += 1
+    assert int(module.last_seed) == 12
