@@ -18,7 +18,6 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-REGULARIZERS = "cpu-regularizers"  # the preset that measures what each costs
 
 sys.path.insert(0, str(ROOT))
 
@@ -59,7 +58,7 @@ def cost_table(names: str) -> str:
     from benchmarks.results import find, load
 
     parts = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob(f"*{REGULARIZERS}*.json")):
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*-regularizers.json")):
         results = load(path)
         rows = [f"| variant | {' | '.join(case['name'] for case in results['cases'])} |"]
         rows.append("|---|" + "---:|" * len(results["cases"]))
