@@ -1,15 +1,13 @@
 """The pictures of the regularisers' pages, drawn from the masks that the library itself makes.
 
 ``mkdocs`` calls :func:`draw_all` through ``docs/hooks.py``; nothing of it is committed. To look at them without the
-site: ``python docs/drawings.py build/drawings``.
+site: ``python docs/hooks.py build/drawings``.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -190,10 +188,3 @@ def draw_all() -> dict[str, bytes]:
         pyplot.close(figure)
         results[f"{name}.png"] = file.getvalue()
     return results
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in draw_all().items():
-        (folder / name).write_bytes(content)

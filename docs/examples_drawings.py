@@ -1,7 +1,7 @@
 """The pictures of the page on the worked examples, from the committed results alone.
 
 ``mkdocs`` calls :func:`draw_all` through ``docs/hooks.py``; nothing of it is committed. To look at them without the
-site: ``python docs/examples_drawings.py build/drawings``.
+site: ``python docs/hooks.py build/drawings``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,3 @@ def draw_all() -> dict[str, bytes]:
             results = load(path)
             import_module(f"examples.{results['example']}").draw(results, Path(folder))
         return {f"examples_{path.name.replace('-', '_')}": path.read_bytes() for path in Path(folder).glob("*.png")}
-
-
-if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    target.mkdir(parents=True, exist_ok=True)
-    for name, content in draw_all().items():
-        (target / name).write_bytes(content)

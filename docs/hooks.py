@@ -5,6 +5,8 @@ In a page, a comment on a line of its own is replaced:
 ``<!-- cost: variant, variant -->``  what these variants of the benchmark cost, from the committed results;
 ``<!-- readme: heading -->``         the section of README.md under that heading, without the heading;
 ``<!-- file: name -->``              a file of the repository's root, without its first heading.
+
+``python docs/hooks.py FOLDER`` writes the pictures alone.
 """
 
 from __future__ import annotations
@@ -35,10 +37,17 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pictures to the site; none is written into the repository."""
     from mkdocs.structure.files import File
 
-    for script in ("drawings", "inspect_drawings", "examples_drawings"):
-        for name, content in _script(script).draw_all().items():
-            files.append(File.generated(config, f"pictures/{name}", content=content))
+    for name, content in pictures().items():
+        files.append(File.generated(config, f"pictures/{name}", content=content))
     return files
+
+
+def pictures() -> dict[str, bytes]:
+    """Every picture, by its file's name."""
+    made: dict[str, bytes] = {}
+    for script in ("drawings", "inspect_drawings", "examples_drawings"):
+        made |= _script(script).draw_all()
+    return made
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
@@ -91,3 +100,10 @@ def readme_section(title: str) -> str:
 def root_file(name: str) -> str:
     """A file of the root."""
     return _unlinked(re.sub(r"\A# .*\n", "", (ROOT / name).read_text()))
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in pictures().items():
+        (folder / name).write_bytes(content)

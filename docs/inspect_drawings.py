@@ -1,14 +1,12 @@
 """The pictures of the page on ``fusedreg.inspect``: one training of a few seconds, seen in every way there is.
 
 ``mkdocs`` calls :func:`draw_all` through ``docs/hooks.py``; nothing of it is committed. To look at them without the
-site: ``python docs/inspect_drawings.py build/drawings``.
+site: ``python docs/hooks.py build/drawings``.
 """
 
 from __future__ import annotations
 
-import sys
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,10 +123,3 @@ def draw_all() -> dict[str, bytes]:
         data.figure().savefig(file := BytesIO(), format="svg", metadata={"Date": None})
         results[f"inspect_{name}.svg"] = file.getvalue()
     return results
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in draw_all().items():
-        (folder / name).write_bytes(content)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedreg.layer import LayerOptions, compute_dtype
+from fusedreg.layer import LayerOptions
 from fusedreg.masks import WEIGHT
 from fusedreg.regularization import BatchNorm, Regularization
-from fusedreg.validation import InputError, InputTypeError
+from fusedreg.validation import InputError, InputTypeError, check_state_type
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -99,13 +99,7 @@ def check_state(hx: Any, hidden_size: int, input: Tensor) -> tuple[Tensor, Tenso
                 f"hx: expected {name} of shape {tuple(expected)}, got {tuple(state.shape)}; a cell's states have no "
                 f"dimension of layers"
             )
-        if state.device != input.device:
-            raise InputError(f"hx: expected {name} on {input.device}, got {state.device}; move it with .to(device)")
-        if state.dtype != input.dtype and not (name == "c" and state.dtype == compute_dtype(input.dtype)):
-            raise InputError(
-                f"hx: expected {name} of {input.dtype} as the input, got {state.dtype}; convert with "
-                f"{name}.to({input.dtype})"
-            )
+        check_state_type(name, state, input, is_cell=name == "c")
     return hx[0], hx[1]
 
 

@@ -113,15 +113,24 @@ def check_state(hx: Any, architecture: Architecture, input: Tensor, rows: int | 
                 f"hx: expected {name} of shape {expected} (layers * directions{'' if rows is None else ', rows'}, "
                 f"size), got {tuple(state.shape)}; batch_first does not apply to states"
             )
-        if state.device != input.device:
-            raise InputError(f"hx: expected {name} on {input.device}, got {state.device}; move it with .to(device)")
-        if state.dtype != input.dtype and not (name == "c_0" and state.dtype == compute_dtype(input.dtype)):
-            also = " (or float32)" if name == "c_0" and input.dtype in (torch.bfloat16, torch.float16) else ""
-            raise InputError(
-                f"hx: expected {name} of {input.dtype}{also} as the input, got {state.dtype}; convert with "
-                f"{name}.to({input.dtype})"
-            )
+        check_state_type(name, state, input, is_cell=name == "c_0")
     return hx[0], hx[1]
+
+
+def check_state_type(name: str, state: Tensor, input: Tensor, *, is_cell: bool) -> None:
+    """Check a state's device and type: the input's, or for a cell the wider type it is computed in.
+
+    Raises:
+        InputError: naming the state.
+    """
+    if state.device != input.device:
+        raise InputError(f"hx: expected {name} on {input.device}, got {state.device}; move it with .to(device)")
+    if state.dtype != input.dtype and not (is_cell and state.dtype == compute_dtype(input.dtype)):
+        also = " (or float32)" if is_cell and input.dtype in (torch.bfloat16, torch.float16) else ""
+        raise InputError(
+            f"hx: expected {name} of {input.dtype}{also} as the input, got {state.dtype}; convert with "
+            f"{name}.to({input.dtype})"
+        )
 
 
 def check_packed(packed: PackedSequence, lengths: Any) -> None:

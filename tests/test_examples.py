@@ -253,7 +253,7 @@ def test_missing_packages_name_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_mnist1d_is_made_alike_everywhere() -> None:
     if importlib.util.find_spec("mnist1d") is None:
-        pytest.skip("MNIST-1D is not installed: pip install mnist1d")
+        pytest.skip("not run: the package mnist1d is not installed")
     split = data.mnist1d()
     assert split.inputs.shape == (4000, 40) and split.test_inputs.shape == (1000, 40)
     # The package's own seed: everyone trains on the same rows.
