@@ -56,6 +56,8 @@ def commit() -> str:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # says what it was built for, as its metadata need not: 2.11.0+cu130
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
