@@ -17,7 +17,7 @@ class Results {
   explicit Results(const LayerArguments& layer) : layer_(layer) {}
 
   void* add(bool wanted, const Shape& shape, ScalarType type) {
-    tensors_.push_back(empty(layer_.input, wanted ? shape : Shape{0}, type));
+    tensors_.push_back(wanted ? empty(layer_.input, shape, type) : absent(layer_.input, type));
     return wanted ? tensors_.back().mutable_data_ptr() : nullptr;
   }
   void zero() {

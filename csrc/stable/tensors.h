@@ -93,21 +93,39 @@ struct Expectation {
 inline const void* pointer(const Tensor& tensor) { return tensor.const_data_ptr(); }
 inline const void* pointer(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
+inline int32_t dtype_code(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return aoti_torch_dtype_float32();
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::Long: return aoti_torch_dtype_int64();
+    case ScalarType::Short: return aoti_torch_dtype_int16();
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
+    default: fail("fusedreg: no result has dtype ", text(type));
+  }
+}
+
+// A tensor of shape (0,), which stands for a result that is not there. Seven of a tiny call's ten results are such, so
+// it goes the short way: there is nothing to fill.
+inline Tensor absent(const Tensor& like, ScalarType type) {
+  constexpr int64_t kSize = 0, kStride = 1;
+  int32_t device_type = 0, device_index = 0;
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_get_device_type(like.get(), &device_type) != TORCH_SUCCESS ||
+      aoti_torch_get_device_index(like.get(), &device_index) != TORCH_SUCCESS ||
+      aoti_torch_empty_strided(1, &kSize, &kStride, dtype_code(type), device_type, device_index, &handle) !=
+          TORCH_SUCCESS) {
+    fail("fusedreg: could not make an empty tensor of dtype ", text(type));
+  }
+  return Tensor(handle);
+}
+
 // An uninitialised contiguous tensor on the device of `like`. By the C interface: torch::stable::empty looks its
 // operator up by name each time. Not by aoti_torch_empty_strided either, though it is faster: it goes past the filling
 // of uninitialised memory that torch.use_deterministic_algorithms promises, and that our tests rely on.
 inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
-  int32_t dtype = 0;
-  switch (type) {
-    case ScalarType::Float: dtype = aoti_torch_dtype_float32(); break;
-    case ScalarType::Double: dtype = aoti_torch_dtype_float64(); break;
-    case ScalarType::BFloat16: dtype = aoti_torch_dtype_bfloat16(); break;
-    case ScalarType::Half: dtype = aoti_torch_dtype_float16(); break;
-    case ScalarType::Long: dtype = aoti_torch_dtype_int64(); break;
-    case ScalarType::Short: dtype = aoti_torch_dtype_int16(); break;
-    case ScalarType::Byte: dtype = aoti_torch_dtype_uint8(); break;
-    default: fail("fusedreg: no result has dtype ", text(type));
-  }
+  int32_t dtype = dtype_code(type);  // the interface takes it by a pointer that is not const
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_aten_new_empty(like.get(), shape.data(), static_cast<int64_t>(shape.size()), &dtype,
                                 /*layout=*/nullptr, /*device=*/nullptr, /*device_index=*/0, /*pin_memory=*/nullptr,
