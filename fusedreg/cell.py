@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fusedreg import backends, cell_checks, conversion, functional, running_statistics, validation
 from fusedreg.autocast import autocast
-from fusedreg.layer import LayerOptions, LayerParameters
+from fusedreg.functional import Plan
+from fusedreg.layer import LayerParameters
 from fusedreg.parameters import Architecture
 from fusedreg.regularization import (
     BatchNorm,
@@ -99,7 +100,7 @@ class LSTMCell(RegularizedModule):
     weight_hh: nn.Parameter
     bias_ih: nn.Parameter | None
     bias_hh: nn.Parameter | None
-    _derived = ("_options", "_parameter_names", "_buffer_names")
+    _derived = ("_plans", "_parameter_names", "_buffer_names")
 
     def __init__(
         self,
@@ -179,8 +180,10 @@ class LSTMCell(RegularizedModule):
         self._buffer_names: tuple[str, ...] = ()
         if isinstance(norm, BatchNorm):
             self._buffer_names = tuple(running_statistics.buffer_shapes(norm, self.hidden_size))
-        self._options: dict[tuple[bool, bool], LayerOptions] = {
-            (training, recompute): self._regularization.layer_options(0, 1, 0, training, recompute)
+        self._plans: dict[tuple[bool, bool], Plan] = {
+            (training, recompute): functional.make_plan(
+                architecture, self._regularization, training=training, recompute=recompute
+            )
             for training in (False, True)
             for recompute in (False, True)
         }
@@ -214,7 +217,7 @@ class LSTMCell(RegularizedModule):
             True
         """
         device = self.weight_ih.device
-        draws = self._options[self.training, self.recompute].draws
+        draws = self._plans[self.training, self.recompute].draws
         return CellSequence(self._seed(seed, generator, device) if draws or seed is not None else None)
 
     def forward(
@@ -255,55 +258,63 @@ class LSTMCell(RegularizedModule):
                 for name in self._parameter_names
             ]
         )
-        if torch._C._is_any_autocast_enabled():
-            input, hx, (parameters,) = autocast(input, hx, [parameters])
-        options = self._options[self.training, self.recompute]
-        cell_checks.check_output_is_asked_for(options, return_output)
-        cell_checks.check_input(input, self.input_size, parameters.weight_ih)
-        batched = input.dim() == 2
+        cast = autocast(input, hx, [parameters], of_cell=True) if torch._C._is_any_autocast_enabled() else None
+        if cast is not None:
+            input, hx, (parameters,) = cast[:3]
+        plan = self._plans[self.training, self.recompute]
+        options = plan.options[0]
+        if not return_output:
+            cell_checks.check_output_is_asked_for(options)
+        shape = cell_checks.check_input(input, self.input_size, parameters.weight_ih)
         hidden, cell = (None, None) if hx is None else cell_checks.check_state(hx, self.hidden_size, input)
         if reset is not None:
-            reset = cell_checks.check_reset(reset, input)
+            reset = cell_checks.check_reset(reset, input).view(1, -1)
+        batched = len(shape) == 2
         if not batched:
-            input = input.unsqueeze(0)
-            hidden, cell = (None if value is None else value.unsqueeze(0) for value in (hidden, cell))
-        norm = options.norm
-        if options.training and isinstance(norm, BatchNorm):
+            input = input[None]
+            hidden, cell = (None if state is None else state[None] for state in (hidden, cell))
+        if plan.batch_statistics:
             validation.check_batch_norm_rows(input.shape[0])
 
-        place = self._place(options, sequence, seed, generator, input.device)
-        shared = isinstance(norm, BatchNorm) and norm.process_group is not None
-        chosen = backends.resolve(self.backend, input.device, input.dtype, process_group=shared)
-        buffers = {name: getattr(self, name) for name in self._buffer_names}
-        result = functional.LAYER_FUNCTIONS[chosen](
-            input.unsqueeze(0),
-            hidden,
-            cell,
-            parameters,
-            options,
-            reset=None if reset is None else reset.view(1, -1),
-            seed=_seed_of_step(place),
-            running=running_statistics.read_step(buffers, options, place.step, input.dtype) if buffers else None,
+        place = None
+        if plan.draws or sequence is not None or seed is not None or generator is not None:
+            place = self._place(plan.draws, sequence, seed, generator, input.device)
+        layer = functional.LAYER_FUNCTIONS[
+            backends.resolve(self.backend, input.device, input.dtype, process_group=plan.process_group)
+        ]
+        buffers, running, step = None, None, 0 if place is None else place.step
+        if self._buffer_names:
+            buffers = {name: getattr(self, name) for name in self._buffer_names}
+            running = running_statistics.read_step(buffers, options, step, input.dtype)
+        seed_of_step = None if place is None else _seed_of_step(place)
+        output, new_hidden, new_cell, _, statistics = layer(
+            input[None], hidden, cell, parameters, options, reset=reset, seed=seed_of_step, running=running
         )
-        if options.draws:
+        if plan.draws and place is not None:
             self._remember_seed(place.seed, given=seed)
-        if result.statistics is not None and isinstance(norm, BatchNorm):
-            running_statistics.check_samples([buffers], [result.statistics], None)
-            running_statistics.update_step(buffers, result.statistics, norm, step=place.step, rows=input.shape[0])
+        norm = options.norm
+        if statistics is not None and buffers is not None and isinstance(norm, BatchNorm):
+            running_statistics.check_samples([buffers], [statistics], None)
+            running_statistics.update_step(buffers, statistics, norm, step=step, rows=input.shape[0])
         wanted = input.dtype if cell is None else cell.dtype
-        output, hidden, cell = result.output.squeeze(0), result.final_hidden, result.final_cell
-        cell = cell if cell.dtype == wanted else cell.to(wanted)
+        if cast is not None:
+            wanted = cast.cell_type
+            output, new_hidden = output.to(cast.hidden_type), new_hidden.to(cast.hidden_type)
+        if new_cell.dtype != wanted:
+            new_cell = new_cell.to(wanted)
         if not batched:
-            output, hidden, cell = output.squeeze(0), hidden.squeeze(0), cell.squeeze(0)
-        return functional.LSTMResult(output, (hidden, cell)) if return_output else (hidden, cell)
+            new_hidden, new_cell = new_hidden[0], new_cell[0]
+        if not return_output:
+            return new_hidden, new_cell
+        return functional.LSTMResult(output[0] if batched else output[0, 0], (new_hidden, new_cell))
 
     def _place(
-        self, options: LayerOptions, sequence: CellSequence | None, seed: Any, generator: Any, device: torch.device
+        self, draws: bool, sequence: CellSequence | None, seed: Any, generator: Any, device: torch.device
     ) -> CellSequence:
         """The sequence and step that decide this step's masks and statistics."""
         if sequence is None:
-            return CellSequence(self._seed(seed, generator, device) if options.draws or seed is not None else None)
-        cell_checks.check_sequence(sequence, seed, generator, options.draws)
+            return CellSequence(self._seed(seed, generator, device) if draws or seed is not None else None)
+        cell_checks.check_sequence(sequence, seed, generator, draws)
         return sequence if sequence.seed is None else CellSequence(as_seed(sequence.seed, device), sequence.step)
 
     @staticmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedreg.layer import LayerOptions
 from fusedreg.masks import WEIGHT
 from fusedreg.regularization import BatchNorm, Regularization
-from fusedreg.validation import InputError, InputTypeError, check_state_type
+from fusedreg.validation import InputError, InputTypeError, are_states, check_state_type
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -35,14 +35,12 @@ def check_regularization(regularization: Regularization) -> None:
         )
 
 
-def check_output_is_asked_for(options: LayerOptions, return_output: bool) -> None:
-    """Check that an output which is not ``h`` is not lost.
+def check_output_is_asked_for(options: LayerOptions) -> None:
+    """Check, of a step without ``return_output``, that an output which is not ``h`` is not lost.
 
     Raises:
-        ValueError: ``output_dropout``, or zoneout with ``zoneout_output="candidate"``, without ``return_output``.
+        ValueError: ``output_dropout``, or zoneout with ``zoneout_output="candidate"``.
     """
-    if return_output:
-        return
     if options.output_dropout > 0.0 or (options.zoneout_output == "candidate" and options.zoneout_hidden > 0.0):
         name = "output_dropout" if options.output_dropout > 0.0 else "zoneout_output='candidate'"
         raise ValueError(
@@ -51,17 +49,21 @@ def check_output_is_asked_for(options: LayerOptions, return_output: bool) -> Non
         )
 
 
-def check_input(input: Any, input_size: int, weight: Tensor) -> None:
+def check_input(input: Any, input_size: int, weight: Tensor) -> tuple[int, ...]:
     """Check the input of a step: rank, size, type, device.
+
+    Returns:
+        The input's shape.
 
     Raises:
         TypeError: not a tensor. ValueError: wrong rank or type. InputError: wrong feature size or device.
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"input: expected a tensor, got {type(input).__name__}; convert with torch.as_tensor")
-    if input.dim() not in (1, 2):
+    shape: tuple[int, ...] = input.shape
+    if len(shape) not in (1, 2):
         raise ValueError(
-            f"input: expected shape (B, {input_size}), or ({input_size},) unbatched, got {tuple(input.shape)}; pass "
+            f"input: expected shape (B, {input_size}), or ({input_size},) unbatched, got {tuple(shape)}; pass "
             f"one step, or use fusedreg.LSTM for a whole sequence"
         )
     if input.dtype != weight.dtype or input.dtype not in _DTYPES:
@@ -74,11 +76,12 @@ def check_input(input: Any, input_size: int, weight: Tensor) -> None:
             f"input: expected device {weight.device}, where the parameters are, got {input.device}; move one with "
             f".to(device)"
         )
-    if input.shape[-1] != input_size:
+    if shape[-1] != input_size:
         raise InputError(
-            f"input: expected input_size={input_size} features in the last dimension, got shape {tuple(input.shape)}; "
+            f"input: expected input_size={input_size} features in the last dimension, got shape {tuple(shape)}; "
             f"check input_size"
         )
+    return shape
 
 
 def check_state(hx: Any, hidden_size: int, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,14 +90,16 @@ def check_state(hx: Any, hidden_size: int, input: Tensor) -> tuple[Tensor, Tenso
     Raises:
         InputTypeError: not a pair of tensors. InputError: wrong shape, type or device.
     """
+    expected = (*input.shape[:-1], hidden_size)
+    if type(hx) is tuple and len(hx) == 2 and are_states(hx[0], hx[1], (expected, expected), input):
+        return hx
     if isinstance(hx, Tensor) or not isinstance(hx, Sequence) or len(hx) != 2:
         got = f"{type(hx).__name__} of length {len(hx)}" if isinstance(hx, Sequence) else type(hx).__name__
         raise InputTypeError(f"hx: expected a tuple (h, c) of two tensors, got {got}; pass None for zeros")
-    expected = (*input.shape[:-1], hidden_size)
     for name, state in (("h", hx[0]), ("c", hx[1])):
         if not isinstance(state, Tensor):
             raise InputTypeError(f"hx: expected {name} to be a tensor, got {type(state).__name__}; pass None for zeros")
-        if state.dim() != len(expected) or any(a != b for a, b in zip(state.shape, expected, strict=True)):
+        if state.shape != expected:
             raise InputError(
                 f"hx: expected {name} of shape {tuple(expected)}, got {tuple(state.shape)}; a cell's states have no "
                 f"dimension of layers"

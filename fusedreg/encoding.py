@@ -53,6 +53,7 @@ DIFFERENTIABLE = (*range(8), *range(11, 19))
 FIRST_RUNNING = TENSOR_ARGUMENTS.index("running_index")
 # Of the `options`, those that callers look at or change by place.
 RETURN_CELLS, SAVE, GRADIENT_GROUPS = 12, 13, 14
+_NO_PROBES, _NOTHING_RUNNING = (None,) * 2, (None,) * 8
 
 Encoded = tuple[list[float], list[int], float]
 
@@ -137,9 +138,18 @@ def tensor_arguments(
     running: RunningStatistics | None,
 ) -> tuple[Tensor | None, ...]:
     """The arguments of ``lstm_layer`` that are tensors, in the order of ``TENSOR_ARGUMENTS``."""
-    weights, norms = parameters[:5], parameters[5:]
-    given = (input, *weights, initial_hidden, initial_cell, lengths, reset, seed, *norms)
-    return (*given, *(probes or (None, None)), *(running or (None,) * 8))
+    return (
+        input,
+        *parameters[:5],
+        initial_hidden,
+        initial_cell,
+        lengths,
+        reset,
+        seed,
+        *parameters[5:],
+        *(probes or _NO_PROBES),
+        *(running or _NOTHING_RUNNING),
+    )
 
 
 def hidden_differs(rates: Sequence[float], options: Sequence[int]) -> bool:

@@ -48,6 +48,9 @@ class Plan:
         return_cells: ask the last layer for its cells.
         batch_first: layout of input, output, cells and resets.
         options: one a layer and direction.
+        draws: whether some mask is drawn.
+        batch_statistics: whether a batch norm takes its statistics from the batch.
+        process_group: whether it shares them with other processes.
     """
 
     architecture: Architecture
@@ -58,6 +61,7 @@ class Plan:
     options: tuple[LayerOptions, ...]
     draws: bool
     batch_statistics: bool
+    process_group: bool
 
 
 def make_plan(
@@ -77,6 +81,7 @@ def make_plan(
         )
         for layer, direction in architecture.places()
     )
+    norm = regularization.norm
     return Plan(
         architecture,
         regularization,
@@ -85,18 +90,14 @@ def make_plan(
         batch_first,
         options,
         any(option.draws for option in options),
-        training and isinstance(regularization.norm, BatchNorm),
+        training and isinstance(norm, BatchNorm),
+        isinstance(norm, BatchNorm) and norm.process_group is not None,
     )
 
 
-class StackResult(NamedTuple):
-    """``LSTMResult``'s parts, time first and batched, and the batch statistics of each layer and direction."""
-
-    output: Tensor
-    final_hidden: Tensor
-    final_cell: Tensor
-    cells: Tensor | None
-    statistics: list[BatchStatistics | None]
+# What `run_stack` gives: output, final hiddens and cells, all cells of the last layer, and the batch statistics of each
+# layer and direction. A plain tuple: a call of a tiny model is made of such small costs.
+StackResult = tuple[Tensor, Tensor, Tensor, Tensor | None, list[BatchStatistics | None]]
 
 
 LayerFunction = Callable[..., LayerResult]
@@ -119,6 +120,7 @@ def run_stack(
     reset: Tensor | None,
     seed: Tensor | None,
     recording: Recording | None = None,
+    cell_type: torch.dtype | None = None,
 ) -> StackResult:
     """Run every layer and direction over checked tensors, time first.
 
@@ -131,25 +133,30 @@ def run_stack(
         running: the same for the running statistics, empty without a batch norm.
         lengths, reset, seed: as ``lstm_layer`` takes them.
         recording: asked for probes before each layer, and shown each layer after.
+        cell_type: of the final cells; ``None`` for the input's.
     """
-    dtype, directions = input.dtype, plan.architecture.num_directions
-    output, cells = input, None
+    directions = plan.architecture.num_directions
+    if cell_type is None:
+        cell_type = input.dtype
     hiddens, finals, statistics = [], [], []
+    cells = None
     outputs: list[Tensor] = []
     all_cells: list[Tensor] = []
     for place, options in enumerate(plan.options):
-        initial: tuple[Tensor | None, Tensor | None] = (None, None)
+        hidden = cell = own_seed = own_running = probes = None
         if state is not None:
-            initial = state[0][place], state[1][place]
-        own_seed = seed if plan.draws and options.draws else None
-        own_running = running[place] if running else None
-        probes = None
+            hidden, cell = state[0][place], state[1][place]
+        if plan.draws and options.draws:
+            own_seed = seed
+        if running:
+            own_running = running[place]
         if recording is not None:
-            call = LayerCall(input, *initial, layers[place], options, lengths, reset, own_seed, own_running)
+            call = LayerCall(input, hidden, cell, layers[place], options, lengths, reset, own_seed, own_running)
             probes = recording.probes(call)
         result = layer_function(
             input,
-            *initial,
+            hidden,
+            cell,
             layers[place],
             options,
             lengths=lengths,
@@ -160,20 +167,24 @@ def run_stack(
         )
         if recording is not None:
             recording.seen(call, result)
-        hiddens.append(result.final_hidden)
-        finals.append(result.final_cell if result.final_cell.dtype == dtype else result.final_cell.to(dtype))
-        statistics.append(result.statistics)
-        outputs.append(result.output)
-        if result.cells is not None:
-            all_cells.append(result.cells)
-        if options.direction == directions - 1:
-            input = output = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-            outputs = []
+        output, final_hidden, final_cell, layer_cells, layer_statistics = result
+        hiddens.append(final_hidden)
+        finals.append(final_cell if final_cell.dtype == cell_type else final_cell.to(cell_type))
+        statistics.append(layer_statistics)
+        if layer_cells is not None:
+            all_cells.append(layer_cells)
+        if directions == 2:
+            outputs.append(output)
+            if options.direction == 0:
+                continue
+            output = torch.cat(outputs, -1)
+            outputs.clear()
+        input = output
     if all_cells:
         cells = all_cells[0] if directions == 1 else torch.cat(all_cells, -1)
     if len(hiddens) == 1:
-        return StackResult(output, hiddens[0][None], finals[0][None], cells, statistics)
-    return StackResult(output, torch.stack(hiddens), torch.stack(finals), cells, statistics)
+        return output, hiddens[0][None], finals[0][None], cells, statistics
+    return output, torch.stack(hiddens), torch.stack(finals), cells, statistics
 
 
 class Call(NamedTuple):
@@ -207,21 +218,23 @@ def run(
     Nothing is written: a call that raises leaves everything as it was.
     """
     architecture = plan.architecture
-    if torch._C._is_any_autocast_enabled():
-        input, hx, layers = autocast(input, hx, layers)
+    cast = autocast(input, hx, layers) if torch._C._is_any_autocast_enabled() else None
+    if cast is not None:
+        input, hx, layers = cast[:3]
     weight = layers[0].weight_ih
     packed, host_lengths, batch_first = None, None, plan.batch_first
     if isinstance(input, PackedSequence):
         validation.check_packed(input, lengths)
         packed, batch_first = input, False
         input, host_lengths = pad(packed)
-    validation.check_input(input, architecture, weight, batch_first)
-    batched = input.dim() == 3
+    shape = validation.check_input(input, architecture, weight, batch_first)
+    batched = len(shape) == 3
     if not batched:
-        x = input.unsqueeze(1)
+        x, steps, rows = input.unsqueeze(1), shape[0], 1
+    elif batch_first:
+        x, steps, rows = input.transpose(0, 1), shape[1], shape[0]
     else:
-        x = input.transpose(0, 1) if batch_first else input
-    steps, rows = x.shape[0], x.shape[1]
+        x, steps, rows = input, shape[0], shape[1]
     state = None
     if hx is not None:
         state = validation.check_state(hx, architecture, input, rows if batched else None)
@@ -240,19 +253,34 @@ def run(
     if plan.batch_statistics:
         validation.check_batch_norm_rows(rows)
     recording = None if recorder is None else recorder.begin(Layout(batched, batch_first, packed, host_lengths))
-    layer_function = _layer_function(backend, plan, x)
+    layer_function = LAYER_FUNCTIONS[resolve(backend, x.device, x.dtype, process_group=plan.process_group)]
     statistics_read: list[RunningStatistics | None] = []
     if running is not None:
         statistics_read = [
             running_statistics.read_running(buffers, options, steps, x.dtype, lengths=lengths)
             for buffers, options in zip(running, plan.options, strict=True)
         ]
-    seed_tensor = _seed(plan, seed, generator, x.device)
+    seed_tensor = None
+    if plan.draws or seed is not None or generator is not None:
+        seed_tensor = _seed(plan, seed, generator, x.device)
 
-    stack = run_stack(plan, layer_function, x, state, layers, statistics_read, lengths, reset, seed_tensor, recording)
     output: Any
     cells: Any
-    output, final_hidden, final_cell, cells, statistics = stack
+    output, final_hidden, final_cell, cells, statistics = run_stack(
+        plan,
+        layer_function,
+        x,
+        state,
+        layers,
+        statistics_read,
+        lengths,
+        reset,
+        seed_tensor,
+        recording,
+        None if cast is None else cast.cell_type,
+    )
+    if cast is not None:
+        output, final_hidden = output.to(cast.hidden_type), final_hidden.to(cast.hidden_type)
     if packed is not None and host_lengths is not None:
         output = pack_like(output, host_lengths, packed)
         cells = None if cells is None else pack_like(cells, host_lengths, packed)
@@ -266,12 +294,6 @@ def run(
     if plan.return_cells:
         result = LSTMResultWithCells(output, (final_hidden, final_cell), cells)
     return Call(result, statistics, lengths, steps, rows, seed_tensor)
-
-
-def _layer_function(backend: str, plan: Plan, input: Tensor) -> LayerFunction:
-    norm = plan.regularization.norm
-    shared = isinstance(norm, BatchNorm) and norm.process_group is not None
-    return LAYER_FUNCTIONS[resolve(backend, input.device, input.dtype, process_group=shared)]
 
 
 def _seed(plan: Plan, seed: Any, generator: Any, device: torch.device) -> Tensor | None:

@@ -32,7 +32,7 @@ class InputTypeError(TypeError, RuntimeError):
     """A ``TypeError`` that is also a ``RuntimeError``, for the same reason."""
 
 
-def check_input(input: Any, architecture: Architecture, weight: Tensor, batch_first: bool) -> None:
+def check_input(input: Any, architecture: Architecture, weight: Tensor, batch_first: bool) -> tuple[int, ...]:
     """Check the input of a call against the model: rank, size, type, device, length.
 
     Args:
@@ -40,6 +40,9 @@ def check_input(input: Any, architecture: Architecture, weight: Tensor, batch_fi
         architecture: the model's sizes.
         weight: its ``weight_ih_l0``, for type and device.
         batch_first: as in the call.
+
+    Returns:
+        The input's shape.
 
     Raises:
         TypeError: not a tensor.
@@ -49,9 +52,10 @@ def check_input(input: Any, architecture: Architecture, weight: Tensor, batch_fi
         raise TypeError(
             f"input: expected a tensor or a PackedSequence, got {type(input).__name__}; convert with torch.as_tensor"
         )
-    if input.dim() not in (2, 3):
+    shape: tuple[int, ...] = input.shape
+    if len(shape) not in (2, 3):
         raise ValueError(
-            f"input: expected 2 dimensions (T, I) or 3 {_layout(batch_first)}, got shape {tuple(input.shape)}; "
+            f"input: expected 2 dimensions (T, I) or 3 {_layout(batch_first)}, got shape {tuple(shape)}; "
             f"reshape to (steps, rows, features)"
         )
     if input.dtype != weight.dtype:
@@ -66,16 +70,17 @@ def check_input(input: Any, architecture: Architecture, weight: Tensor, batch_fi
             f"input: expected device {weight.device}, where the parameters are, got {input.device}; move one with "
             f".to(device)"
         )
-    if input.shape[-1] != architecture.input_size:
+    if shape[-1] != architecture.input_size:
         raise InputError(
             f"input: expected input_size={architecture.input_size} features in the last dimension, got shape "
-            f"{tuple(input.shape)}; check input_size and batch_first={batch_first}"
+            f"{tuple(shape)}; check input_size and batch_first={batch_first}"
         )
-    if input.shape[1 if batch_first and input.dim() == 3 else 0] == 0:
+    if shape[1 if batch_first and len(shape) == 3 else 0] == 0:
         raise InputError(
-            f"input: expected at least one time step, got shape {tuple(input.shape)}; skip empty sequences, or check "
+            f"input: expected at least one time step, got shape {tuple(shape)}; skip empty sequences, or check "
             f"batch_first={batch_first}"
         )
+    return shape
 
 
 def _layout(batch_first: bool) -> str:
@@ -97,24 +102,39 @@ def check_state(hx: Any, architecture: Architecture, input: Tensor, rows: int | 
     Raises:
         InputTypeError: not a pair of tensors. InputError: wrong shape, type or device.
     """
-    if not isinstance(hx, (tuple, Sequence)) or len(hx) != 2:  # of a tuple the first answer is the faster one
+    rows_of = () if rows is None else (rows,)
+    places = architecture.num_layers * architecture.num_directions
+    expected = (places, *rows_of, architecture.state_size), (places, *rows_of, architecture.hidden_size)
+    if type(hx) is tuple and len(hx) == 2 and are_states(hx[0], hx[1], expected, input):
+        return hx
+    if isinstance(hx, Tensor) or not isinstance(hx, Sequence) or len(hx) != 2:
         got = f"{type(hx).__name__} of length {len(hx)}" if isinstance(hx, Sequence) else type(hx).__name__
         raise InputTypeError(f"hx: expected a tuple (h_0, c_0) of two tensors, got {got}; pass None for zeros")
-    cells = architecture.num_layers * architecture.num_directions
-    for name, state, size in (("h_0", hx[0], architecture.state_size), ("c_0", hx[1], architecture.hidden_size)):
+    for name, state, shape in zip(("h_0", "c_0"), hx, expected, strict=True):
         if not isinstance(state, Tensor):
             raise InputTypeError(
                 f"hx: expected {name} to be a tensor, got {type(state).__name__}; pass hx=None for zeros, or "
                 f"torch.zeros of the right shape"
             )
-        expected = (cells, size) if rows is None else (cells, rows, size)
-        if state.shape != expected:
+        if state.shape != shape:
             raise InputError(
-                f"hx: expected {name} of shape {expected} (layers * directions{'' if rows is None else ', rows'}, "
+                f"hx: expected {name} of shape {shape} (layers * directions{'' if rows is None else ', rows'}, "
                 f"size), got {tuple(state.shape)}; batch_first does not apply to states"
             )
         check_state_type(name, state, input, is_cell=name == "c_0")
     return hx[0], hx[1]
+
+
+def are_states(hidden: Any, cell: Any, expected: tuple[tuple[int, ...], tuple[int, ...]], input: Tensor) -> bool:
+    """Whether two states are as nearly all are: what comes after it asks again, one thing after another, to name it."""
+    return (
+        isinstance(hidden, Tensor)
+        and isinstance(cell, Tensor)
+        and hidden.shape == expected[0]
+        and cell.shape == expected[1]
+        and hidden.dtype == cell.dtype == input.dtype
+        and hidden.device == cell.device == input.device
+    )
 
 
 def check_state_type(name: str, state: Tensor, input: Tensor, *, is_cell: bool) -> None:

@@ -167,13 +167,6 @@ def test_a_float32_cell_beside_16_bit_inputs_comes_back_unrounded() -> None:
     assert torch.equal(carried.bfloat16(), cell(input)[1])
 
 
-def test_under_autocast() -> None:
-    cell = fusedreg.LSTMCell(INPUTS, HIDDEN)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden, carried = cell(torch.randn(ROWS, INPUTS))
-    assert (hidden.dtype, carried.dtype) == (torch.bfloat16, torch.bfloat16)
-
-
 def test_copies_and_torchs_cells() -> None:
     theirs = nn.LSTMCell(INPUTS, HIDDEN).eval()
     theirs.weight_hh.requires_grad_(False)

@@ -32,6 +32,7 @@ OPERATORS = {name: module.OPERATORS for name, module in _MODULES.items()}
 
 cpu.load()
 
+_CPU = torch.device("cpu")
 _warned: set[str] = set()
 
 
@@ -95,6 +96,8 @@ def resolve(
         >>> resolve("reference", torch.device("cpu"), torch.float32)
         'reference'
     """
+    if backend == "auto" and device == _CPU and cpu.unsupported(device, dtype, process_group=process_group) is None:
+        return "cpu"  # the short way, for tiny calls
     check_name(backend)
     if backend == "reference":
         return backend
