@@ -1,4 +1,4 @@
-"""From ``torch.nn.LSTM`` and back: :meth:`fusedreg.LSTM.from_torch` and :meth:`fusedreg.LSTM.to_torch`."""
+"""From torch's modules and back: ``from_torch`` and ``to_torch`` of :class:`fusedreg.LSTM` and ``LSTMCell``."""
 
 from __future__ import annotations
 
@@ -81,11 +81,18 @@ def cell_from_torch(cls: type[_Cell], module: nn.LSTMCell, options: Mapping[str,
             f"load_state_dict"
         )
     _check_plain(module, "module")
-    sizes = module.input_size, module.hidden_size, module.bias
-    result = cls(*sizes, device="meta", dtype=module.weight_ih.dtype, **options)
-    result.to_empty(device=module.weight_ih.device)
-    result.reset_norm()
+    result = cell_without_weights(cls, module, options)
     _copy_weights(module, result)
+    return result
+
+
+def cell_without_weights(cls: type[_Cell], module: nn.LSTMCell, options: Mapping[str, Any]) -> _Cell:
+    """What :meth:`fusedreg.LSTMCell.from_torch` makes, before the weights, as :func:`without_weights`."""
+    stored = next(module.parameters())
+    sizes = module.input_size, module.hidden_size, module.bias
+    result = cls(*sizes, device="meta", dtype=stored.dtype, **options)
+    result.to_empty(device=stored.device)
+    result.reset_norm()
     return result.train(module.training)
 
 

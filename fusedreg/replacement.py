@@ -1,4 +1,4 @@
-"""``replace_lstms``: every ``torch.nn.LSTM`` inside a model replaced by a :class:`fusedreg.LSTM`, in place."""
+"""``replace_lstms``: every ``nn.LSTM`` and ``nn.LSTMCell`` inside a model replaced by this library's, in place."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, transfer_parametrizations_and_params
 
-from fusedreg.conversion import without_weights
+from fusedreg.cell import LSTMCell
+from fusedreg.conversion import cell_without_weights, without_weights
 from fusedreg.modules import LSTM
+
+TorchModule = nn.LSTM | nn.LSTMCell
 
 # Everything through which a program watches or alters a module from outside. The dictionaries themselves move, so
 # that a handle which the program holds still removes its hook.
@@ -35,50 +38,59 @@ _HOOKS = (
 class Replacements:
     """What :func:`replace_lstms` did.
 
+    A module that stands under several names is one: it is listed under the first, and stays one under all of them.
+
     Attributes:
-        replaced: the name of each module that was replaced, and what it became. A module that stands under several
-            names is one replacement, listed under each.
-        left: the name of each ``nn.LSTM`` that stayed, and why.
+        replaced: the name of each module that was replaced, and what it became.
+        left: the name of each ``nn.LSTM`` and ``nn.LSTMCell`` that stayed, and why.
+        names: of each module that was found, all the names, by the first.
     """
 
-    replaced: Mapping[str, LSTM] = field(default_factory=dict)
+    replaced: Mapping[str, LSTM | LSTMCell] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"replaced {len(self.replaced)} nn.LSTM, left {len(self.left)}"]
-        lines += [f"  {name}: {module}" for name, module in self.replaced.items()]
-        lines += [f"  {name}: left, {reason}" for name, reason in self.left.items()]
+        cells = sum(isinstance(module, LSTMCell) for module in self.replaced.values())
+        counts = [f"{len(self.replaced) - cells} nn.LSTM"] if len(self.replaced) > cells or not cells else []
+        counts += [f"{cells} nn.LSTMCell"] if cells else []
+        lines = [f"replaced {' and '.join(counts)}, left {len(self.left)}"]
+        lines += [f"  {', '.join(self.names[name])}: {module}" for name, module in self.replaced.items()]
+        lines += [f"  {', '.join(self.names[name])}: left, {reason}" for name, reason in self.left.items()]
         return "\n".join(lines)
 
 
 def replace_lstms(
     model: nn.Module,
-    options: Mapping[str, Any] | Callable[[str, nn.LSTM], Mapping[str, Any] | None] | None = None,
+    options: Mapping[str, Any] | Callable[[str, Any], Mapping[str, Any] | None] | None = None,
     *,
     skip: Iterable[str] = (),
 ) -> Replacements:
-    """Replace each ``nn.LSTM`` inside ``model`` by a :class:`fusedreg.LSTM`, in place.
+    """Replace each ``nn.LSTM`` inside ``model`` by a :class:`fusedreg.LSTM`, and each ``nn.LSTMCell`` by a
+    :class:`fusedreg.LSTMCell`, in place.
 
     The parameters are the same objects, so that an optimiser made before goes on, and so are weights that several
-    modules share. Hooks, parametrisations, the mode and the state dict's names go along. Either every module is
-    replaced that was not to be skipped, or none is and an error names those that cannot be.
+    modules share. Hooks, parametrisations, the mode and the state dict's names go along, and a module that stands under
+    several names is one afterwards too. Either every module is replaced that was not to be skipped, or none is and an
+    error names those that cannot be.
 
     Args:
-        model: is changed. Where it is an ``nn.LSTM`` itself there is nothing to put another one into: use
-            :meth:`fusedreg.LSTM.from_torch`.
-        options: keyword arguments of :class:`fusedreg.LSTM` that ``nn.LSTM`` does not have (regularisers,
-            ``recompute``, ``backend``) for all of them; or a function of a module's name and the module that gives
-            those for this one, or ``None`` to leave it. Default: none, which computes what was computed before.
-        skip: names, as ``model.named_modules()`` gives them, of modules to be left.
+        model: is changed. Where it is an ``nn.LSTM`` or ``nn.LSTMCell`` itself there is nothing to put another one
+            into: use :meth:`fusedreg.LSTM.from_torch` or :meth:`fusedreg.LSTMCell.from_torch`.
+        options: keyword arguments of :class:`fusedreg.LSTM` and :class:`fusedreg.LSTMCell` that torch's do not have
+            (regularisers, ``recompute``, ``backend``) for all of them; or a function of a module's (first) name and the
+            module that gives those for this one, or ``None`` to leave it. Default: none, which computes what was
+            computed before.
+        skip: names, as ``model.named_modules()`` gives them, of modules to be left. One of several names is enough.
 
     Returns:
         What was replaced and what was left, and why; print it.
 
     Raises:
-        ValueError: some module cannot be replaced (it is of a class derived from ``nn.LSTM``, it is scripted, its
-            weights are changed by an old-style ``weight_norm`` or by pruning, a hyperparameter is out of
-            range, a norm would have to be parametrised), a name to be skipped is not there, or ``model`` is an
-            ``nn.LSTM``. Nothing has been changed then. TypeError: ``model`` is no module.
+        ValueError: some module cannot be replaced (it is of a class derived from torch's, it is scripted, its weights
+            are changed by an old-style ``weight_norm`` or by pruning, a hyperparameter is out of range, an option is
+            not one of a cell, a norm would have to be parametrised), a name to be skipped is not there, or ``model``
+            is such a module itself. Nothing has been changed then. TypeError: ``model`` is no module.
 
     Example:
         >>> import torch, fusedreg
@@ -89,24 +101,25 @@ def replace_lstms(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.LSTM):
+    if isinstance(model, TorchModule):
+        plain = _torch_class(model).__name__
         raise ValueError(
-            "model: expected a module with an nn.LSTM inside, got an nn.LSTM itself, which cannot be replaced in "
-            "place; use fusedreg.LSTM.from_torch(model)"
+            f"model: expected a module with an nn.{plain} inside, got an nn.{plain} itself, which cannot be replaced "
+            f"in place; use fusedreg.{plain}.from_torch(model)"
         )
-    found = {
-        name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.LSTM)
-    }
+    found = _find(model)
     skipped = set([skip] if isinstance(skip, str) else skip)
-    if unknown := skipped - found.keys():
+    if unknown := skipped - {name for _, names in found for name in names}:
         raise ValueError(
-            f"skip: expected names of nn.LSTM modules, got {sorted(unknown)}; there are {sorted(found) or 'none'}"
+            f"skip: expected names of nn.LSTM or nn.LSTMCell modules, got {sorted(unknown)}; there are "
+            f"{sorted(name for _, names in found for name in names) or 'none'}"
         )
-    made: dict[int, LSTM] = {}
+    made: dict[str, tuple[TorchModule, LSTM | LSTMCell]] = {}
     left: dict[str, str] = {}
     refused: dict[str, str] = {}
-    for name, module in found.items():
-        if name in skipped:
+    for module, names in found:
+        name = names[0]
+        if skipped.intersection(names):
             left[name] = "as asked for by skip"
             continue
         own = options(name, module) if callable(options) else options or {}
@@ -114,45 +127,68 @@ def replace_lstms(
             left[name] = "as asked for by options"
         elif (reason := _reason_against(module)) is not None:
             refused[name] = reason
-        elif id(module) not in made:
+        else:
             try:
-                made[id(module)] = without_weights(LSTM, module, own)
+                made[name] = module, _without_weights(module, own)
             except (ValueError, TypeError) as error:
                 refused[name] = str(error)
+    by_first = {names[0]: names for _, names in found}
     if refused:
         raise ValueError(
             "replace_lstms: nothing was replaced, since some modules cannot be; pass skip=... to leave them, or "
-            "change them first:" + "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
+            "change them first:"
+            + "".join(f"\n  {', '.join(by_first[name])}: {reason}" for name, reason in refused.items())
         )
-    for module in {id(module): module for module in found.values()}.values():
-        if id(module) in made:
-            _move(module, made[id(module)])
-    replaced = {name: made[id(module)] for name, module in found.items() if name not in left}
-    for name, replacement in replaced.items():
-        parent, _, last = name.rpartition(".")
-        model.get_submodule(parent)._modules[last] = replacement
-    return Replacements(replaced, left)
+    for first, (module, result) in made.items():
+        _move(module, result)
+        for name in by_first[first]:
+            parent, _, last = name.rpartition(".")
+            model.get_submodule(parent)._modules[last] = result
+    return Replacements({name: result for name, (_, result) in made.items()}, left, by_first)
 
 
-def _reason_against(module: nn.LSTM) -> str | None:
+def _find(model: nn.Module) -> list[tuple[TorchModule, tuple[str, ...]]]:
+    """Each of torch's modules inside a model, once, with all the names it stands under."""
+    found: dict[int, tuple[TorchModule, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, TorchModule):
+            found.setdefault(id(module), (module, []))[1].append(name)
+    return [(module, tuple(names)) for module, names in found.values()]
+
+
+def _torch_class(module: TorchModule) -> type[TorchModule]:
+    return nn.LSTM if isinstance(module, nn.LSTM) else nn.LSTMCell
+
+
+def _without_weights(module: TorchModule, options: Mapping[str, Any]) -> LSTM | LSTMCell:
+    if isinstance(module, nn.LSTM):
+        return without_weights(LSTM, module, options)
+    return cell_without_weights(LSTMCell, module, options)
+
+
+def _reason_against(module: TorchModule) -> str | None:
     """Why a module cannot be replaced, with the remedy; ``None`` where it can."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted: replace it in the model that was scripted"
     plain = type(module).__mro__[1] if is_parametrized(module) else type(module)
-    if plain is not nn.LSTM:
-        return f"{plain.__name__} is derived from nn.LSTM, and what it adds is unknown here"
-    expected = {name for names in module._all_weights for name in names}
+    torchs = _torch_class(module)
+    if plain is not torchs:
+        return f"{plain.__name__} is derived from nn.{torchs.__name__}, and what it adds is unknown here"
+    expected = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
+    if isinstance(module, nn.LSTM):
+        expected = {name for names in module._all_weights for name in names}
     own = {*module._parameters, *getattr(module, "parametrizations", ())}
     if own != expected:
         changed = ", ".join(sorted(own ^ expected))
         return (
-            f"its parameters are not nn.LSTM's own (they differ by {changed}), as after torch.nn.utils.weight_norm or "
-            "pruning: undo that first (remove_weight_norm, prune.remove), or use torch.nn.utils.parametrizations"
+            f"its parameters are not nn.{torchs.__name__}'s own (they differ by {changed}), as after "
+            "torch.nn.utils.weight_norm or pruning: undo that first (remove_weight_norm, prune.remove), or use "
+            "torch.nn.utils.parametrizations"
         )
     return None
 
 
-def _move(module: nn.LSTM, result: LSTM) -> None:
+def _move(module: TorchModule, result: LSTM | LSTMCell) -> None:
     """Hand the parameters, parametrisations and hooks over."""
     for name in module._parameters:
         result._parameters[name] = module._parameters[name]
@@ -163,7 +199,7 @@ def _move(module: nn.LSTM, result: LSTM) -> None:
             result.__dict__[name] = module.__dict__[name]
 
 
-def _move_parametrizations(module: nn.LSTM, result: LSTM) -> None:
+def _move_parametrizations(module: TorchModule, result: LSTM | LSTMCell) -> None:
     """Hand the parametrisations over as they are.
 
     Registering one runs it both ways, and some keep what they saw (a power iteration, a base): so it runs on the

@@ -42,14 +42,19 @@ def test_a_program_computes_the_same_afterwards() -> None:
     generator = torch.get_rng_state()
     report = fusedreg.replace_lstms(model)
     assert torch.equal(torch.get_rng_state(), generator)
-    assert list(report.replaced) == ["encoder", "blocks.0", "alias"]
+    assert list(report.replaced) == ["encoder", "blocks.0"]
+    assert report.names == {"encoder": ("encoder", "alias"), "blocks.0": ("blocks.0",)}
     assert model.encoder is model.alias is report.replaced["encoder"]
     assert isinstance(model.blocks[0], fusedreg.LSTM)
     assert list(model.state_dict()) == names
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
     assert not model.encoder.training
     torch.testing.assert_close(model(TOKENS), expected)
-    assert "replaced 3 nn.LSTM, left 0" in str(report)
+    assert str(report).splitlines() == [
+        "replaced 2 nn.LSTM, left 0",
+        f"  encoder, alias: {model.encoder}",
+        f"  blocks.0: {model.blocks[0]}",
+    ]
 
 
 def test_an_optimiser_made_before_goes_on() -> None:
@@ -88,6 +93,64 @@ def test_options_for_all_for_each_and_skip() -> None:
     normed: Any = fusedreg.replace_lstms(with_norm, {"norm": fusedreg.BatchNorm(max_steps=5)}).replaced["0"]
     assert normed.norm_cell_weight_l0.eq(0.1).all()
     assert normed.running_cell_var_l0.eq(1).all()
+
+
+@pytest.mark.parametrize("skip", ["encoder", "alias"])
+def test_a_module_under_several_names_is_left_under_all_of_them(skip: str) -> None:
+    model = Tagger()
+    before = model.encoder
+    report = fusedreg.replace_lstms(model, skip=skip)
+    assert model.encoder is model.alias is before
+    assert report.left == {"encoder": "as asked for by skip"}
+    assert "  encoder, alias: left, as asked for by skip" in str(report)
+    asked: list[str] = []
+    fusedreg.replace_lstms(model, lambda name, module: asked.append(name))  # which gives None: leave it
+    assert asked == ["encoder"]
+
+
+class Stepper(nn.Module):
+    """Two cells, one of them inside a block that is there twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.LSTMCell(3, 4)
+        self.block: Any = nn.Sequential(nn.LSTMCell(4, 4, bias=False))
+        self.again = self.block
+
+    def forward(self, input: Tensor) -> Tensor:
+        state, last = None, None
+        for step in input:
+            state = self.first(step, state)
+            last = self.again[0](state[0], self.block[0](state[0], last))
+        result: Tensor = last[1]
+        return result
+
+
+def test_cells_are_replaced_too() -> None:
+    model: Any = Stepper().eval()
+    input = torch.randn(4, 2, 3)
+    seen: list[str] = []
+    model.first.register_forward_hook(lambda module, inputs, output: seen.append(type(module).__name__))
+    parametrizations.spectral_norm(model.block[0], "weight_hh")
+    expected, names, parameters = model(input), list(model.state_dict()), list(model.parameters())
+    shared = model.block[0].weight_ih
+    report = fusedreg.replace_lstms(model)
+    assert str(report).splitlines()[0] == "replaced 2 nn.LSTMCell, left 0"
+    assert report.names == {"first": ("first",), "block.0": ("block.0", "again.0")}
+    assert isinstance(model.first, fusedreg.LSTMCell)
+    assert isinstance(model.block[0], fusedreg.LSTMCell)
+    assert model.block[0] is model.again[0]
+    assert model.block[0].weight_ih is shared
+    assert not model.first.training
+    assert list(model.state_dict()) == names
+    assert {id(value) for value in model.parameters()} == {id(value) for value in parameters}
+    seen.clear()
+    torch.testing.assert_close(model(input), expected)
+    assert seen == ["LSTMCell"] * 4
+    both = nn.ModuleList([nn.LSTM(3, 4), nn.LSTMCell(3, 4)])
+    report = fusedreg.replace_lstms(both, {"zoneout_cell": 0.2})
+    assert str(report).startswith("replaced 1 nn.LSTM and 1 nn.LSTMCell, left 0\n")
+    assert [module.regularization.zoneout_cell for module in both] == [0.2, 0.2]  # type: ignore[union-attr]
 
 
 def test_hooks_go_along_and_their_handles_still_remove_them() -> None:
@@ -143,6 +206,10 @@ class Derived(nn.LSTM):
     pass
 
 
+class DerivedCell(nn.LSTMCell):
+    pass
+
+
 def weight_normed() -> Any:
     with pytest.warns(FutureWarning):
         return torch.nn.utils.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
@@ -153,6 +220,8 @@ REFUSED: dict[str, Any] = {
     "weight_hh_l0_g.*remove_weight_norm": weight_normed,
     "weight_hh_l0_orig.*prune.remove": lambda: prune.identity(nn.LSTM(3, 4), "weight_hh_l0"),
     "dropout": lambda: nn.LSTM(3, 4, 2, dropout=1.0),
+    "is derived from nn.LSTMCell": lambda: DerivedCell(3, 4),
+    "nn.LSTMCell's own.*weight_hh_orig.*prune.remove": lambda: prune.identity(nn.LSTMCell(3, 4), "weight_hh"),
 }
 
 
@@ -171,7 +240,14 @@ def test_bad_arguments() -> None:
         fusedreg.replace_lstms(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"an nn\.LSTM itself.*from_torch"):
         fusedreg.replace_lstms(nn.LSTM(3, 4))
-    with pytest.raises(ValueError, match=r"skip: expected names of nn\.LSTM modules, got \['x'\]; there are \['0'\]"):
+    with pytest.raises(ValueError, match=r"an nn\.LSTMCell itself.*fusedreg\.LSTMCell\.from_torch"):
+        fusedreg.replace_lstms(nn.LSTMCell(3, 4))
+    between_layers = {"regularization": fusedreg.Regularization(dropout=0.5)}
+    with pytest.raises(ValueError, match=r"1: dropout: expected 0 for a cell"):
+        fusedreg.replace_lstms(nn.Sequential(nn.LSTM(3, 4, 2), nn.LSTMCell(3, 4)), between_layers)
+    with pytest.raises(
+        ValueError, match=r"skip: expected names of nn\.LSTM or nn\.LSTMCell modules, got \['x'\]; there are \['0'\]"
+    ):
         fusedreg.replace_lstms(nn.Sequential(nn.LSTM(3, 4)), skip=["x"])
     with pytest.raises(ValueError, match=r"1: .*zoneout_cell"):
         fusedreg.replace_lstms(nn.Sequential(nn.Identity(), nn.LSTM(3, 4)), {"zoneout_cell": 2.0})
