@@ -212,7 +212,7 @@ def weight_histograms(
         model: a :class:`fusedreg.LSTM` or an ``nn.LSTM``, or a module with some inside.
         gradients: the parameters' ``.grad`` instead, of those that have one.
         bins: how many.
-        skip: names of LSTMs to leave out.
+        skip: names of LSTMs, and of cells (which are refused), to leave out.
 
     Example:
         >>> import torch, fusedreg

@@ -100,7 +100,7 @@ def spectra(model: nn.Module, *, skip: Iterable[str] = ()) -> Spectra:
 
     Args:
         model: a :class:`fusedreg.LSTM` or an ``nn.LSTM``, or a module with some inside.
-        skip: names of LSTMs to leave out.
+        skip: names of LSTMs, and of cells (which are refused), to leave out.
 
     Raises:
         ValueError: a weight is not finite; :class:`~fusedreg.inspect.NonFinite` says where.

@@ -161,7 +161,7 @@ class GradientFlow(Watcher):
 
     Args:
         model: a :class:`fusedreg.LSTM`, or a module with some inside.
-        skip: names of LSTMs to leave out.
+        skip: names of LSTMs, and of cells (which are refused), to leave out.
         keep: only the newest ``keep`` calls of each LSTM; ``None``: all of them, until :meth:`clear`.
 
     Raises:

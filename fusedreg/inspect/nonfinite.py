@@ -74,7 +74,7 @@ class NonFinite(Watcher):
 
     Args:
         model: a :class:`fusedreg.LSTM` or an ``nn.LSTM``, or a module with some inside.
-        skip: names of LSTMs to leave out.
+        skip: names of LSTMs, and of cells (which are refused), to leave out.
         backward: watch the gradients that reach ``h`` and ``c`` too. The block goes around the backward then.
         raise_error: raise a :class:`FloatingPointError` at the first finding, instead of going on.
 

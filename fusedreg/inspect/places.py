@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fusedreg.cell import LSTMCell
 from fusedreg.layer import LayerParameters
 from fusedreg.modules import LSTM
 from fusedreg.parameters import suffix
@@ -30,22 +31,32 @@ class Place(NamedTuple):
         return f"{self.module}.{own}" if self.module else own
 
 
-def find_lstms(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, LSTM | nn.LSTM]:
+def find_lstms(model: nn.Module, skip: Iterable[str] = (), *, refuse_cells: bool = True) -> dict[str, LSTM | nn.LSTM]:
     """Every :class:`fusedreg.LSTM` and ``nn.LSTM`` of a model by its name, each once.
 
     Args:
         model: an LSTM, or a module with some inside.
-        skip: names of LSTMs to leave out.
+        skip: names of LSTMs and cells to leave out.
+        refuse_cells: raise where there are cells besides, which would go unseen.
 
     Raises:
-        TypeError: not a module. ValueError: there is none, or a name to be skipped is not there.
+        TypeError: not a module. ValueError: there is none, there is a cell, or a name to be skipped is not there.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     found = {name: module for name, module in model.named_modules() if isinstance(module, (LSTM, nn.LSTM))}
+    cells = [name for name, module in model.named_modules() if isinstance(module, (LSTMCell, nn.LSTMCell))]
     skipped = set([skip] if isinstance(skip, str) else skip)
-    if unknown := skipped - found.keys():
-        raise ValueError(f"skip: expected names of LSTMs, got {sorted(unknown)}; there are {sorted(found) or 'none'}")
+    if unknown := skipped - found.keys() - set(cells):
+        there = sorted([*found, *cells])
+        raise ValueError(f"skip: expected names of LSTMs, got {sorted(unknown)}; there are {there or 'none'}")
+    if refuse_cells and (unseen := [name for name in cells if name not in skipped]):
+        names = ", ".join(name or "the model itself" for name in unseen)
+        raise ValueError(
+            f"model: expected LSTMs over whole sequences, got a cell at {names}, whose steps are calls that nobody "
+            f"here can put together; use fusedreg.LSTM, which computes the same from the same weights, or pass "
+            f"skip={unseen!r}"
+        )
     kept = {name: module for name, module in found.items() if name not in skipped}
     if not kept:
         raise ValueError(
@@ -55,9 +66,11 @@ def find_lstms(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, LSTM | n
     return kept
 
 
-def places(model: nn.Module, skip: Iterable[str] = ()) -> Iterator[tuple[Place, LSTM | nn.LSTM]]:
-    """Every layer and direction of every LSTM, in the model's order and then ``nn.LSTM``'s."""
-    for name, module in find_lstms(model, skip).items():
+def places(
+    model: nn.Module, skip: Iterable[str] = (), *, refuse_cells: bool = True
+) -> Iterator[tuple[Place, LSTM | nn.LSTM]]:
+    """Every layer and direction of every LSTM, in the model's order and then ``nn.LSTM``'s; as :func:`find_lstms`."""
+    for name, module in find_lstms(model, skip, refuse_cells=refuse_cells).items():
         for layer in range(module.num_layers):
             for direction in range(2 if module.bidirectional else 1):
                 yield Place(name, layer, direction), module

@@ -88,7 +88,7 @@ class States(Watcher):
 
     Args:
         model: a :class:`fusedreg.LSTM` or an ``nn.LSTM``, or a module with some inside.
-        skip: names of LSTMs to leave out.
+        skip: names of LSTMs, and of cells (which are refused), to leave out.
         keep: only the newest ``keep`` calls of each LSTM; ``None``: all.
 
     Raises:

@@ -62,13 +62,13 @@ def weights_by_key(model: nn.Module) -> dict[Key, list[Tensor]]:
     """Every weight of a model as its module uses it, once, by component and gate.
 
     Of LSTMs what a call reads: a parametrised weight is what the parametrisation makes. Shared parameters are listed
-    where they come first. What other modules hold has no gate.
+    where they come first. What other modules hold, cells among them, has no gate.
     """
     found: dict[Key, list[Tensor]] = {}
     listed: set[int] = set()
     has_lstms = any(isinstance(module, (LSTM, nn.LSTM)) for module in model.modules())
     with torch.no_grad():
-        for place, module in places(model) if has_lstms else ():
+        for place, module in places(model, refuse_cells=False) if has_lstms else ():
             tensors = layer_tensors(module, place)
             for own in parameter_places(module):
                 parts = {id(part) for part in behind(module, own.name)}
