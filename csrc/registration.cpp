@@ -54,29 +54,59 @@ void run_kernel(const char* name, const Kernel& kernel) {
   }
 }
 
-void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  stable::ForwardCall call(stack, stable::Place::Cpu);
-  if (call.layer.shapes.rows == 0) {
-    call.results.zero();
-  } else {
-    run_kernel(call.kName, [&] { cpu::lstm_layer_forward(call.params, available_threads(), &run_team); });
+// Each worker runs whole calls, the next one that nobody has begun: models have nothing in common.
+template <typename Call, typename Kernel>
+void spread_over_team(stable::Calls<Call>& calls, const Kernel& kernel, int workers) {
+  struct Spread {
+    stable::Calls<Call>& calls;
+    const Kernel& kernel;
+    std::atomic<int64_t> next{0};
+  } spread{calls, kernel};
+  run_team(
+      workers,
+      [](void* context, int /*worker*/, int /*workers*/) {
+        auto& all = *static_cast<Spread*>(context);
+        for (int64_t index = all.next++; index < all.calls.count(); index = all.next++) {
+          all.kernel(all.calls[index].params, 1, &run_team);
+        }
+      },
+      &spread);
+}
+
+// With at least as many models as threads a model is run by one thread, otherwise by all of them. No result depends on
+// that.
+template <typename Call, typename Kernel>
+void run_calls(stable::Calls<Call>& calls, const Kernel& kernel) {
+  if (!calls.have_work()) {
+    calls.results.zero();
+    return;
   }
-  call.results.give(stack);
+  const int threads = available_threads();
+  run_kernel(Call::kName, [&] {
+    const int64_t count = calls.count();
+    if (count > 1 && count >= threads) {
+      const double operations = cpu::operations_of(calls[0].params.in) * static_cast<double>(count);
+      spread_over_team(calls, kernel, cpu::workers_worth_having(operations, threads));
+    } else {
+      for (int64_t index = 0; index < count; ++index) kernel(calls[index].params, threads, &run_team);
+    }
+  });
+}
+
+void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  stable::Calls<stable::ForwardCall> calls(stack, stable::Place::Cpu);
+  run_calls(calls, cpu::lstm_layer_forward);
+  calls.results.give(stack);
 }
 
 void backward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  stable::BackwardCall call(stack, stable::Place::Cpu);
-  if (call.layer.shapes.rows == 0) {
-    call.results.zero();
-  } else {
-    run_kernel(call.kName, [&] { cpu::lstm_layer_backward(call.params, available_threads(), &run_team); });
-    if (call.second_grad_bias != nullptr) {
-      const stable::Tensor& first = call.results[stable::kBiasIh];
-      const size_t bytes = first.numel() * first.element_size();
-      std::memcpy(call.second_grad_bias, call.params.grad_bias, bytes);
-    }
+  stable::Calls<stable::BackwardCall> calls(stack, stable::Place::Cpu);
+  run_calls(calls, cpu::lstm_layer_backward);
+  if (calls.have_work() && calls[0].second_grad_bias != nullptr) {
+    const stable::Tensor& first = calls.results[stable::kBiasIh];
+    std::memcpy(calls[0].second_grad_bias, calls[0].params.grad_bias, stable::Results::bytes_of(first));
   }
-  call.results.give(stack);
+  calls.results.give(stack);
 }
 
 // What this file can use on this processor, best first: "avx512,avx2,portable".

@@ -97,34 +97,42 @@ Tensor allocate_scratch(const Tensor& like, size_t bytes) {
   return stable::empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
+// Models are queued one after another. Being of one size they have one choice, and one block of scratch memory, which
+// is free again when the next one's kernels come.
 void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  stable::ForwardCall call(stack, kPlace);
-  const CurrentDevice device(call.layer.input);
-  if (call.layer.shapes.rows == 0) {
-    call.results.zero();
+  stable::Calls<stable::ForwardCall> calls(stack, kPlace);
+  const CurrentDevice device(calls.input());
+  if (!calls.have_work()) {
+    calls.results.zero();
   } else {
-    const auto choice = choose(cuda::Direction::Forward, call.layer, call.params.in);
-    Tensor scratch = allocate_scratch(call.layer.input, cuda::lstm_layer_forward_scratch(call.params, *choice));
-    stable::LibraryProducts products(call.layer.input);
-    cuda::lstm_layer_forward(call.params, device_arguments(call.layer, call.params.in), *choice,
-                             scratch.mutable_data_ptr(), products, device.stream);
+    const auto choice = choose(cuda::Direction::Forward, calls[0].layer, calls[0].params.in);
+    Tensor scratch = allocate_scratch(calls.input(), cuda::lstm_layer_forward_scratch(calls[0].params, *choice));
+    stable::LibraryProducts products(calls.input());
+    for (int64_t index = 0; index < calls.count(); ++index) {
+      const stable::ForwardCall& call = calls[index];
+      cuda::lstm_layer_forward(call.params, device_arguments(call.layer, call.params.in), *choice,
+                               scratch.mutable_data_ptr(), products, device.stream);
+    }
   }
-  call.results.give(stack);
+  calls.results.give(stack);
 }
 
 void backward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  stable::BackwardCall call(stack, kPlace);
-  const CurrentDevice device(call.layer.input);
-  if (call.layer.shapes.rows == 0) {
-    call.results.zero();
+  stable::Calls<stable::BackwardCall> calls(stack, kPlace);
+  const CurrentDevice device(calls.input());
+  if (!calls.have_work()) {
+    calls.results.zero();
   } else {
-    const auto choice = choose(cuda::Direction::Backward, call.layer, call.params.in);
-    Tensor scratch = allocate_scratch(call.layer.input, cuda::lstm_layer_backward_scratch(call.params, *choice));
-    stable::LibraryProducts products(call.layer.input);
-    cuda::lstm_layer_backward(call.params, call.second_grad_bias, device_arguments(call.layer, call.params.in), *choice,
-                              scratch.mutable_data_ptr(), products, device.stream);
+    const auto choice = choose(cuda::Direction::Backward, calls[0].layer, calls[0].params.in);
+    Tensor scratch = allocate_scratch(calls.input(), cuda::lstm_layer_backward_scratch(calls[0].params, *choice));
+    stable::LibraryProducts products(calls.input());
+    for (int64_t index = 0; index < calls.count(); ++index) {
+      const stable::BackwardCall& call = calls[index];
+      cuda::lstm_layer_backward(call.params, call.second_grad_bias, device_arguments(call.layer, call.params.in),
+                                *choice, scratch.mutable_data_ptr(), products, device.stream);
+    }
   }
-  call.results.give(stack);
+  calls.results.give(stack);
 }
 
 // "auto", "cluster", "grid" or "step"; false for anything else.

@@ -1,16 +1,20 @@
-"""``torch.vmap`` over the operators: samples are folded into rows, and all of them run in one call.
+"""``torch.vmap`` over the operators: however many samples there are, they are one call.
 
-Rows of an LSTM have nothing to do with one another, so ``S`` samples of ``B`` rows are one call with ``S * B`` rows.
-Two things are still each sample's own. Its masks: the seed becomes ``(S, 2)``, by which each group of ``B`` rows draws
-as a call of its own would. And the gradients of the parameters, which samples share: with ``gradient_groups`` the
-backward gives them once for each group, which is what per-sample gradients (``vmap(grad(...))``) are.
+Rows of an LSTM have nothing to do with one another, so ``S`` samples of ``B`` rows are folded into one layer with
+``S * B`` rows. Two things are still each sample's own. Its masks: the seed becomes ``(S, 2)``, by which each group of
+``B`` rows draws as a call of its own would. And the gradients of the parameters, which samples share: with
+``gradient_groups`` the backward gives them once for each group, which is what per-sample gradients
+(``vmap(grad(...))``) are. Nested ``vmap`` folds again: groups of groups are groups.
 
-Nested ``vmap`` folds again: groups of groups are groups. What cannot be folded runs in a loop of calls, one a sample,
-with the same results:
+What cannot be folded becomes models. The operators take ``M`` of them when the input is ``(M, T, B, I)``: every tensor
+then has an axis of the models in front, results too, and ``result[m]`` is the operator of ``argument[m]``, bit for bit.
+What models have in common is expanded, and not copied. So run
 
 - parameters, or a norm's statistics, of each sample's own, as in an ensemble by ``torch.func.stack_module_state``;
 - ``weight_dropout`` in training with a seed of each sample's own, which makes weights of each sample's own;
 - a batch norm in training, whose statistics are those of a sample.
+
+Both may be nested: samples are folded into the rows of models, and models of models are models.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ _ARGUMENT_ROWS = tuple(_ROWS.get(name) for name in TENSOR_ARGUMENTS)
 _RESULT_ROWS = (1, 0, 0, 1)  # of output, final_hidden, final_cell, cells
 _SAVED_ROWS = (1, 1, 1, 1)  # of cells, hidden, gates, input_gates; three statistics follow
 _SEED = TENSOR_ARGUMENTS.index("seed")
+_INPUT_RANK = 3  # of (T, B, I); of models, one more
 
 PARAMETERS = frozenset(position for position in DIFFERENTIABLE if _ARGUMENT_ROWS[position] is None)
 """Positions of the parameters among the tensor arguments: what has a gradient and no rows."""
@@ -64,11 +69,11 @@ def forward_rule(operators: Any, info: Any, in_dims: Sequence[Any], arguments: S
     tensors, dims = arguments[:NUMBER_OF_TENSORS], in_dims[:NUMBER_OF_TENSORS]
     rates, encoded, norm_eps = arguments[NUMBER_OF_TENSORS:]
     options, _ = decode_options(rates, encoded, norm_eps)
-    if not _can_fold(dims, options):
-        return loop_over_samples(operators.layer, info, in_dims, arguments)
-    samples = info.batch_size
-    results = operators.layer.apply(*_fold_arguments(tensors, dims, samples), rates, encoded, norm_eps)
-    rows = (*_RESULT_ROWS[:3], *_SAVED_ROWS, *_statistics_rows(options))
+    samples, models = info.batch_size, _sizes_of_models(tensors[0], dims[0])
+    if not _can_fold(dims, options, samples):
+        return _as_models(operators.layer, samples, models, in_dims, arguments)
+    results = operators.layer.apply(*_fold_arguments(tensors, dims, samples, len(models)), rates, encoded, norm_eps)
+    rows = _after(len(models), (*_RESULT_ROWS[:3], *_SAVED_ROWS, *_statistics_rows(options)))
     return _together(_unfold(result, axis, samples) for result, axis in zip(results, rows, strict=True))
 
 
@@ -79,18 +84,18 @@ def backward_rule(operators: Any, info: Any, in_dims: Sequence[Any], arguments: 
     saved, saved_dims = arguments[first_saved:-4], in_dims[first_saved:-4]
     rates, encoded, norm_eps, needed = arguments[-4:]
     options, _ = decode_options(rates, encoded, norm_eps)
+    samples, models = info.batch_size, _sizes_of_models(tensors[0], dims[0])
     saved_rows = (*_SAVED_ROWS, *_statistics_rows(options))
     own_statistics = any(dim is not None and axis is None for dim, axis in zip(saved_dims, saved_rows, strict=True))
-    if own_statistics or not _can_fold(dims, options):
-        return loop_over_samples(operators.layer_backward, info, in_dims, arguments)
-    samples = info.batch_size
+    if own_statistics or not _can_fold(dims, options, samples):
+        return _as_models(operators.layer_backward, samples, models, in_dims, arguments)
     inner = max(1, encoded[GRADIENT_GROUPS])  # where a vmap inside this one has folded already
     encoded = [*encoded]
     encoded[GRADIENT_GROUPS] = samples * inner
     results = operators.layer_backward.apply(
-        *_fold_all(arguments, in_dims, _RESULT_ROWS, samples),
-        *_fold_arguments(tensors, dims, samples),
-        *_fold_all(saved, saved_dims, saved_rows, samples),
+        *_fold_all(arguments, in_dims, _after(len(models), _RESULT_ROWS), samples),
+        *_fold_arguments(tensors, dims, samples, len(models)),
+        *_fold_all(saved, saved_dims, _after(len(models), saved_rows), samples),
         rates,
         encoded,
         norm_eps,
@@ -101,10 +106,26 @@ def backward_rule(operators: Any, info: Any, in_dims: Sequence[Any], arguments: 
         axis = _ARGUMENT_ROWS[position]
         if wanted and axis is None:  # a parameter's, by group: a single group has no axis
             groups = (samples,) if inner == 1 else (samples, inner)
-            gradients.append((gradient.reshape(*groups, *tensors[position].shape), 0))
+            shape = tensors[position].shape
+            gradients.append((gradient.reshape(*models, *groups, *shape[len(models) :]), len(models)))
         else:
-            gradients.append(_unfold(gradient, axis, samples))
+            gradients.append(_unfold(gradient, None if axis is None else axis + len(models), samples))
     return _together(gradients)
+
+
+def run_by_model(
+    function: Callable[[Sequence[Tensor | None]], tuple[Tensor, ...]], tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """A function of one model's tensors for each model, in plain torch.
+
+    Args:
+        function: of as many tensors as there are, absent ones ``None`` as they are here.
+        tensors: with an axis of the models in front.
+
+    Returns:
+        The results, with an axis of the models in front.
+    """
+    return _map_present(function, tensors, (0,) * len(tensors), 0)
 
 
 def run_by_group(
@@ -140,34 +161,55 @@ def run_by_group(
                 f"got shape {tuple(tensor.shape)}; pass one (seed, 0) a group"
             )
         split[place], dims[place] = tensor.unflatten(axis, (groups, tensor.shape[axis] // groups)), axis
-    present = {place: tensor for place, tensor in enumerate(split) if tensor is not None}
+    rows = tuple(_RESULT_ROWS[result] for result in results)
+    together = _map_present(function, split, dims, rows)
+    return tuple(value.flatten(axis, axis + 1) for value, axis in zip(together, rows, strict=True))
 
-    def of_group(*chosen: Tensor) -> tuple[Tensor, ...]:
+
+def _map_present(
+    function: Callable[[Sequence[Tensor | None]], tuple[Tensor, ...]],
+    tensors: Sequence[Tensor | None],
+    in_dims: Sequence[int | None],
+    out_dims: int | tuple[int, ...],
+) -> tuple[Tensor, ...]:
+    """``torch.vmap`` of a function of tensors some of which are ``None``."""
+    present = {place: tensor for place, tensor in enumerate(tensors) if tensor is not None}
+
+    def of_sample(*chosen: Tensor) -> tuple[Tensor, ...]:
         full: list[Tensor | None] = [None] * len(tensors)
         for place, tensor in zip(present, chosen, strict=True):
             full[place] = tensor
         return function(full)
 
-    rows = tuple(_RESULT_ROWS[result] for result in results)
-    mapped = torch.vmap(of_group, in_dims=tuple(dims[place] for place in present), out_dims=rows)
-    together = mapped(*present.values())
-    return tuple(value.flatten(axis, axis + 1) for value, axis in zip(together, rows, strict=True))
+    mapped = torch.vmap(of_sample, in_dims=tuple(in_dims[place] for place in present), out_dims=out_dims)
+    results: tuple[Tensor, ...] = mapped(*present.values())
+    return results
 
 
-def loop_over_samples(function: Any, info: Any, in_dims: Sequence[Any], arguments: Sequence[Any]) -> Any:
-    """One call a sample, with the masks that a loop draws: what cannot be folded."""
-    results = []
-    for sample in range(info.batch_size):
-        chosen = [
-            argument.select(dim, sample) if isinstance(argument, Tensor) and isinstance(dim, int) else argument
-            for argument, dim in zip(arguments, in_dims, strict=True)
-        ]
-        results.append(function.apply(*chosen))
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
+def _sizes_of_models(input: Tensor, dim: int | None) -> tuple[int, ...]:
+    """The sizes of a sample's axes before ``(T, B, I)``: ``(M,)`` where it has models, else nothing."""
+    shape = [size for axis, size in enumerate(input.shape) if axis != dim]
+    return tuple(shape[:-_INPUT_RANK])
 
 
-def _can_fold(dims: Sequence[Any], options: LayerOptions) -> bool:
+def _as_models(
+    function: Any, samples: int, models: tuple[int, ...], in_dims: Sequence[Any], arguments: Sequence[Any]
+) -> Any:
+    """One call with a model for each sample, or for each of its models."""
+
+    def prepared(argument: Any, dim: Any) -> Any:
+        if not isinstance(argument, Tensor):
+            return argument
+        every = argument.expand(samples, *argument.shape) if dim is None else argument.movedim(dim, 0)
+        return every.flatten(0, len(models))
+
+    results = function.apply(*(prepared(*pair) for pair in zip(arguments, in_dims, strict=True)))
+    return tuple(result.unflatten(0, (samples, *models)) for result in results), (0,) * len(results)
+
+
+def _can_fold(dims: Sequence[Any], options: LayerOptions, samples: int) -> bool:
+    if samples == 0:  # groups of rows must be there
+        return False
     for place, (dim, axis) in enumerate(zip(dims, _ARGUMENT_ROWS, strict=True)):
         if dim is not None and axis is None and place != _SEED:
             return False
@@ -176,15 +218,21 @@ def _can_fold(dims: Sequence[Any], options: LayerOptions) -> bool:
     return dims[_SEED] is None or not options.training or options.weight_dropout == 0.0
 
 
+def _after(axes: int, rows: Sequence[int | None]) -> tuple[int | None, ...]:
+    """The axes of the rows behind those of the models."""
+    return tuple(None if axis is None else axis + axes for axis in rows)
+
+
 def _statistics_rows(options: LayerOptions) -> tuple[int | None, ...]:
     """Layer norm's are ``(T, 2, B)``; a batch norm's, in evaluation, belong to the steps alone."""
     return (2 if isinstance(options.norm, LayerNorm) else None,) * 3
 
 
-def _fold_arguments(tensors: Sequence[Any], dims: Sequence[Any], samples: int) -> list[Any]:
-    folded = _fold_all(tensors, dims, _ARGUMENT_ROWS, samples)
+def _fold_arguments(tensors: Sequence[Any], dims: Sequence[Any], samples: int, axes: int) -> list[Any]:
+    """``axes``: how many of models stand in front."""
+    folded = _fold_all(tensors, dims, _after(axes, _ARGUMENT_ROWS), samples)
     if tensors[_SEED] is not None:
-        folded[_SEED] = _fold_seed(tensors[_SEED], dims[_SEED], samples)
+        folded[_SEED] = _fold_seed(tensors[_SEED], dims[_SEED], samples, axes)
     return folded
 
 
@@ -211,15 +259,16 @@ def _fold(tensor: Tensor, dim: int | None, axis: int, samples: int) -> Tensor:
     return tensor.flatten(axis, axis + 1)
 
 
-def _fold_seed(seed: Tensor, dim: int | None, samples: int) -> Tensor:
+def _fold_seed(seed: Tensor, dim: int | None, samples: int, axes: int) -> Tensor:
     """Rows of (seed, first step): one a sample, or, where a seed is such rows already, each sample's after another."""
-    if dim is not None:
-        seed = seed.movedim(dim, 0)
-    if seed.dim() - (dim is not None) == 0:
-        seed = torch.stack((seed, torch.zeros_like(seed)), -1).unsqueeze(-2)
+    single = seed.dim() - (dim is not None) == axes
     if dim is None:
-        seed = seed.expand(samples, *seed.shape)
-    return seed.flatten(0, 1)
+        seed = seed.unsqueeze(axes).expand(*seed.shape[:axes], samples, *seed.shape[axes:])
+    else:
+        seed = seed.movedim(dim, axes)
+    if single:
+        seed = torch.stack((seed, torch.zeros_like(seed)), -1).unsqueeze(-2)
+    return seed.flatten(axes, axes + 1)
 
 
 def _unfold(result: Tensor, axis: int | None, samples: int) -> tuple[Tensor, int | None]:

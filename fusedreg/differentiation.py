@@ -211,18 +211,43 @@ def save_for_double_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[T
 
 def second_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients of ``⟨grads, backward(...)⟩``, by differentiating the reference twice."""
-    from fusedreg import reference  # here, so that the operators themselves need torch only
-
     saved = ctx.saved_tensors
-    output_grads, tensors, statistics = saved[:4], list(saved[4 : 4 + FIRST_RUNNING]), saved[4 + FIRST_RUNNING :]
-    options, _ = decode_options(ctx.rates, ctx.options, ctx.norm_eps)
-    running = statistics_as_running(options, statistics, tensors[0])
+    output_grads, tensors = saved[:4], saved[4 : 4 + FIRST_RUNNING]
     wanted = [place for place, grad in enumerate(grads) if grad is not None and ctx.needed[place]]
     if not wanted:
         return (None,) * _BACKWARD_ARGUMENTS
     # Primals: every differentiable tensor there is, then the gradients that came in.
     places = [position for position in DIFFERENTIABLE if tensors[position] is not None]
     given = [place for place, grad in enumerate(output_grads) if grad is not None]
+
+    def of_layer(every: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        return _second_gradients_of_layer(ctx, every[: len(saved)], every[len(saved) :], wanted, places, given)
+
+    every = (*saved, *(grads[place] for place in wanted))
+    seconds = batching.run_by_model(of_layer, every) if tensors[0].dim() == 4 else of_layer(every)
+    gradients: list[Tensor | None] = [None] * _BACKWARD_ARGUMENTS
+    for place, second in zip([*(4 + position for position in places), *given], seconds, strict=True):
+        gradients[place] = second
+    return tuple(gradients)
+
+
+def _second_gradients_of_layer(
+    ctx: Any,
+    saved: Sequence[Any],
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[int],
+    places: Sequence[int],
+    given: Sequence[int],
+) -> tuple[Tensor, ...]:
+    """Of one model: the gradients of the arguments in ``places``, then those of the ``given`` incoming gradients.
+
+    ``wanted`` are the places of the backward's results that ``grads`` belong to.
+    """
+    from fusedreg import reference  # here, so that the operators themselves need torch only
+
+    output_grads, tensors, statistics = saved[:4], list(saved[4 : 4 + FIRST_RUNNING]), saved[4 + FIRST_RUNNING :]
+    options, _ = decode_options(ctx.rates, ctx.options, ctx.norm_eps)
+    running = statistics_as_running(options, statistics, tensors[0])
     inner = [places.index(DIFFERENTIABLE[place]) for place in wanted]
     groups = max(1, ctx.options[GRADIENT_GROUPS])
     by_group = {DIFFERENTIABLE[place] for place in wanted if groups > 1} & batching.PARAMETERS
@@ -256,13 +281,7 @@ def second_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
     primals = [tensors[position] for position in places] + [output_grads[place] for place in given]
     pullback = torch.func.vjp(first_gradients, *primals)[1]
-    seconds = pullback(tuple(grads[place] for place in wanted))
-    gradients: list[Tensor | None] = [None] * _BACKWARD_ARGUMENTS
-    for position, second in zip(places, seconds[: len(places)], strict=True):
-        gradients[4 + position] = second
-    for place, second in zip(given, seconds[len(places) :], strict=True):
-        gradients[place] = second
-    return tuple(gradients)
+    return tuple(pullback(tuple(grads)))
 
 
 def call_layer(

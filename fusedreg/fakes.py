@@ -1,6 +1,7 @@
 """The operators on tensors without values: what ``torch.compile`` and ``torch.export`` see of them.
 
-Shapes, strides and types are the kernels', with symbolic sizes too.
+Shapes, strides and types are the kernels', with symbolic sizes too. An input ``(M, T, B, I)`` is of ``M`` models, and
+every result then has an axis of them in front.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     """``fusedreg::lstm_layer_forward`` without values."""
     tensors, (rates, options, _) = arguments[:NUMBER_OF_TENSORS], arguments[NUMBER_OF_TENSORS:]
     input, weight_hh = tensors[0], tensors[2]
-    steps, rows = input.shape[0], input.shape[1]
-    hidden_size, output_size = weight_hh.shape[0] // 4, weight_hh.shape[1]
+    *models, steps, rows, _ = input.shape
+    hidden_size, output_size = weight_hh.shape[-2] // 4, weight_hh.shape[-1]
     kind, norm_input, norm_recurrent, norm_cell, input_sequence, return_cells, save, _ = options[7:]
     compute = compute_dtype(input.dtype)
     # Activated gates beside 16-bit inputs are kept in 16-bit fixed point, everything else of a gate unrounded.
     kept_gates = torch.int16 if compute != input.dtype and kind == NORM_NONE else compute
 
     def new(wanted: Any, *shape: Any, dtype: torch.dtype = input.dtype) -> Tensor:
-        value: Tensor = input.new_empty(shape if wanted else (0,), dtype=dtype)
+        value: Tensor = input.new_empty((*models, *(shape if wanted else (0,))), dtype=dtype)
         return value
 
     if kind == NORM_LAYER:
@@ -67,8 +68,9 @@ def backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     """``fusedreg::lstm_layer_backward`` without values."""
     tensors, options, needed = arguments[4 : 4 + NUMBER_OF_TENSORS], arguments[-3], arguments[-1]
     input, weight_hh = tensors[0], tensors[2]
-    steps, rows, input_size = input.shape
-    (gates, output_size), hidden_size = weight_hh.shape, weight_hh.shape[0] // 4
+    *models, steps, rows, input_size = input.shape
+    gates, output_size = weight_hh.shape[-2:]
+    hidden_size = gates // 4
     compute = compute_dtype(input.dtype)
     groups = (options[GRADIENT_GROUPS],) if options[GRADIENT_GROUPS] > 1 else ()
     norm_shapes = [(gates,)] * 4 + [(hidden_size,)] * 2
@@ -87,6 +89,6 @@ def backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     ]
     in_compute = {DIFFERENTIABLE.index(TENSOR_ARGUMENTS.index(name)) for name in ("initial_cell", "cell_probe")}
     return tuple(
-        input.new_empty(shape if wanted else (0,), dtype=compute if place in in_compute else input.dtype)
+        input.new_empty((*models, *(shape if wanted else (0,))), dtype=compute if place in in_compute else input.dtype)
         for place, (shape, wanted) in enumerate(zip(shapes, needed, strict=True))
     )

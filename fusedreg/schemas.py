@@ -16,8 +16,9 @@ from fusedreg.encoding import DIFFERENTIABLE, TENSOR_ARGUMENTS
 
 _REQUIRED = 3  # of the tensor arguments: input and both weights
 _FORWARD_RESULTS = ("output", "final_hidden", "final_cell")
-_SAVED = ("cells", "hidden", "gates", "input_gates", "input_statistics", "recurrent_statistics", "cell_statistics")
-_INCOMING = ("grad_output", "grad_final_hidden", "grad_final_cell", "grad_cells")
+# What the backward takes besides: what the forward saved, and the gradients of its results.
+SAVED = ("cells", "hidden", "gates", "input_gates", "input_statistics", "recurrent_statistics", "cell_statistics")
+INCOMING = ("grad_output", "grad_final_hidden", "grad_final_cell", "grad_cells")
 _OPTIONS = ("float[] rates", "int[] options", "float norm_eps")
 
 
@@ -37,15 +38,15 @@ def forward_schema(name: str) -> str:
         >>> forward_schema("lstm_layer_forward")[:54]
         'lstm_layer_forward(Tensor input, Tensor weight_ih, Ten'
     """
-    return _schema(name, [*_tensors(TENSOR_ARGUMENTS, _REQUIRED), *_OPTIONS], (*_FORWARD_RESULTS, *_SAVED))
+    return _schema(name, [*_tensors(TENSOR_ARGUMENTS, _REQUIRED), *_OPTIONS], (*_FORWARD_RESULTS, *SAVED))
 
 
 def backward_schema(name: str) -> str:
     """The schema of a backward operator called ``name`` (without a namespace)."""
     arguments = [
-        *_tensors(_INCOMING, 0),
+        *_tensors(INCOMING, 0),
         *_tensors(TENSOR_ARGUMENTS, _REQUIRED),
-        *_tensors(_SAVED, len(_SAVED)),
+        *_tensors(SAVED, len(SAVED)),
         *_OPTIONS,
         "bool[] needed",
     ]

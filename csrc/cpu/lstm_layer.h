@@ -16,6 +16,20 @@ using RunTeam = void (*)(int asked, TeamBody body, void* context);
 void lstm_layer_forward(const ForwardParams& params, int threads, RunTeam run_team);
 void lstm_layer_backward(const BackwardParams& params, int threads, RunTeam run_team);
 
+// Roughly, of a forward: what decides how many workers are worth having.
+inline double operations_of(const LayerInputs& in) {
+  const double steps = static_cast<double>(in.steps > 1 ? in.steps : 1);
+  const double products =
+      static_cast<double>(4 * (in.input_size + in.projected_size) + (in.weight_hr != nullptr ? in.projected_size : 0));
+  return 2.0 * steps * static_cast<double>(in.rows) * static_cast<double>(in.hidden_size) * products;
+}
+
+// Of `threads`. Below so much work each another one costs more than it brings.
+inline int workers_worth_having(double operations, int threads) {
+  const double workers = operations / 2e5;
+  return workers < threads ? (workers > 1.0 ? static_cast<int>(workers) : 1) : threads;
+}
+
 // The multiply-add rate of one thread in operations a second (two a multiply-add), for benchmarks: the kernels' roof.
 double measure_fma_rate(double seconds);
 

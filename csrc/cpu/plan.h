@@ -254,11 +254,7 @@ struct Plan {
   }
 
   void choose_division(int threads) {
-    // Below this much work a second worker costs more than it brings.
-    const double products = static_cast<double>(4 * (I + P) + (projected ? P : 0));
-    const double work = 2.0 * static_cast<double>(larger(T, 1) * B) * static_cast<double>(H) * products;
-    const double per_worker = 2e5;
-    int64_t workers = work / per_worker < threads ? larger(1, static_cast<int64_t>(work / per_worker)) : threads;
+    int64_t workers = workers_worth_having(operations_of(in), threads);
     const int64_t units = padded_hidden / width;
     switch (in.options.norm) {
       case NormKind::Batch: division = Division::Units; break;  // a unit's statistics need all its rows

@@ -1,7 +1,8 @@
 // The arguments that the forward and the backward of a layer share: read from the stack, checked, made into structs.
+//
+// An operator takes one layer, or M layers of one shape with the same options: models, such as those of an ensemble.
+// Every tensor then has an axis of the models in front. Checks and kernels see one model at a time.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -10,58 +11,28 @@
 #include <vector>
 
 #include "../common/params.h"
+#include "argument_reader.h"
 #include "layer_options.h"
+#include "layer_shapes.h"
 #include "tensors.h"
 
 namespace fusedreg::stable {
-
-// Takes an operator's arguments off the dispatcher's stack, in the schema's order; each is owned once taken.
-class ArgumentReader {
- public:
-  explicit ArgumentReader(StableIValue* stack) : next_(stack) {}
-
-  template <typename T>
-  T take() {
-    return torch::stable::detail::to<T>(*next_++);
-  }
-  template <typename... T>
-  void take_into(T&... targets) {
-    ((targets = take<T>()), ...);
-  }
-
- private:
-  StableIValue* next_;
-};
 
 // The sites of the normalisation, in the order of the tensors' names.
 struct NormTensors {
   OptionalTensor weight, bias, running_mean, running_var;
 };
+struct NormNames {
+  const char *weight, *bias, *running_mean, *running_var;
+};
+constexpr NormNames kNormNames[] = {
+    {"norm_input_weight", "norm_input_bias", "running_input_mean", "running_input_var"},
+    {"norm_recurrent_weight", "norm_recurrent_bias", "running_recurrent_mean", "running_recurrent_var"},
+    {"norm_cell_weight", "norm_cell_bias", "running_cell_mean", "running_cell_var"},
+};
 
 struct SavedTensors {
   Tensor cells, hidden, gates, input_gates, input_statistics, recurrent_statistics, cell_statistics;
-};
-
-// Shapes and types of one layer's tensors: what both the checks and the allocations go by.
-struct LayerShapes {
-  ScalarType storage, compute;
-  int64_t steps, rows, input_size, hidden_size, projected_size;
-
-  // Activated gates beside 16-bit inputs are kept in fixed point; everything else of a gate in the compute type.
-  ScalarType kept_gates(const Options& options) const {
-    const bool narrow = storage != compute;
-    return narrow && options.norm == NormKind::None ? ScalarType::Short : compute;
-  }
-  Shape gates() const { return {steps, rows, 4 * hidden_size}; }
-  Shape hiddens() const { return {steps, rows, projected_size}; }
-  Shape hidden() const { return {rows, projected_size}; }
-  Shape cells() const { return {steps, rows, hidden_size}; }
-  Shape cell() const { return {rows, hidden_size}; }
-  // Batch norm: one row a processed step, or one in all; layer norm: one value a step and row.
-  Shape statistics(const Options& options, bool input, int64_t width) const {
-    if (options.norm == NormKind::Layer) return {steps, 2, rows};
-    return {input && options.norm_input_sequence ? 1 : steps, 2, width};
-  }
 };
 
 // Where the tensors are, and so whether their values can be looked at here. On a device they are not: a read would wait
@@ -75,17 +46,22 @@ enum class Place {
 class LayerArguments {
  public:
   LayerArguments(const char* operator_name, ArgumentReader& reader, bool with_saved) : name_(operator_name) {
-    reader.take_into(input, weight_ih_, weight_hh_, bias_ih_, bias_hh_, weight_hr_, initial_hidden_, initial_cell_,
-                     lengths_, reset_, seed_);
-    for (NormTensors& norm : norms_) reader.take_into(norm.weight, norm.bias);
-    reader.take_into(hidden_probe_, cell_probe_, running_index_, running_input_index_);
-    for (NormTensors& norm : norms_) reader.take_into(norm.running_mean, norm.running_var);
-    if (with_saved) {
-      saved_.emplace();
-      reader.take_into(saved_->cells, saved_->hidden, saved_->gates, saved_->input_gates, saved_->input_statistics,
-                       saved_->recurrent_statistics, saved_->cell_statistics);
-    }
+    if (with_saved) saved_.emplace();
+    visit_tensors([&reader](const char* /*name*/, auto& tensor) { reader.take_into(tensor); });
     reader.take_into(rates_, options_, norm_eps_);
+  }
+
+  // One model's, out of all models'.
+  LayerArguments(const LayerArguments& all, int64_t model) : LayerArguments(all) {
+    visit_tensors([model](const char* /*name*/, auto& tensor) { select_model(tensor, model); });
+  }
+
+  // How many models there are; nothing where tensors have no axis of models.
+  std::optional<int64_t> models() const {
+    return input.dim() == kRank + 1 ? std::optional<int64_t>(input.size(0)) : std::nullopt;
+  }
+  void check_models(int64_t models) {
+    visit_tensors([&](const char* name, const auto& tensor) { check_model_axis(name_, name, tensor, models); });
   }
 
   // Checks everything but the saved tensors. The pointers are valid as long as this object lives.
@@ -176,7 +152,44 @@ class LayerArguments {
   Expectation expect{};
 
  private:
+  static constexpr int64_t kRank = 3;                   // of (T, B, I)
   static constexpr int64_t kNoRows = int64_t{1} << 40;  // where nothing is read
+
+  // `visit(name, tensor)` for every tensor argument, absent ones too, in the schema's order.
+  template <typename Visit>
+  void visit_tensors(const Visit& visit) {
+    visit("input", input);
+    visit("weight_ih", weight_ih_);
+    visit("weight_hh", weight_hh_);
+    visit("bias_ih", bias_ih_);
+    visit("bias_hh", bias_hh_);
+    visit("weight_hr", weight_hr_);
+    visit("initial_hidden", initial_hidden_);
+    visit("initial_cell", initial_cell_);
+    visit("lengths", lengths_);
+    visit("reset", reset_);
+    visit("seed", seed_);
+    for (int site = 0; site < 3; ++site) {
+      visit(kNormNames[site].weight, norms_[site].weight);
+      visit(kNormNames[site].bias, norms_[site].bias);
+    }
+    visit("hidden_probe", hidden_probe_);
+    visit("cell_probe", cell_probe_);
+    visit("running_index", running_index_);
+    visit("running_input_index", running_input_index_);
+    for (int site = 0; site < 3; ++site) {
+      visit(kNormNames[site].running_mean, norms_[site].running_mean);
+      visit(kNormNames[site].running_var, norms_[site].running_var);
+    }
+    if (!saved_) return;
+    visit("cells", saved_->cells);
+    visit("hidden", saved_->hidden);
+    visit("gates", saved_->gates);
+    visit("input_gates", saved_->input_gates);
+    visit("input_statistics", saved_->input_statistics);
+    visit("recurrent_statistics", saved_->recurrent_statistics);
+    visit("cell_statistics", saved_->cell_statistics);
+  }
 
   void read_options() {
     check_option_counts(name_, rates_, options_);
@@ -188,8 +201,9 @@ class LayerArguments {
   void read_shapes() {
     expect = {name_, place_ != Place::Cuda, input.get_device_index()};
     const Shape input_shape = shape_of(input);
-    if (input_shape.size() != 3 || input_shape[0] == 0) {
-      fail(name_, ": input: expected shape (T, B, I) with T >= 1, got ", text(input_shape));
+    if (input_shape.size() != kRank || input_shape[0] == 0) {
+      fail(name_, ": input: expected shape (T, B, I) with T >= 1, got ", text(input_shape),
+           "; of several models (M, T, B, I)");
     }
     const Shape weight_shape = shape_of(weight_hh_);
     if (weight_shape.size() != 2 || weight_shape[1] == 0 || (weight_hr_ && weight_shape[0] < 4)) {
@@ -217,21 +231,16 @@ class LayerArguments {
     return index == 0 ? options.norm_input : index == 1 ? options.norm_recurrent : options.norm_cell;
   }
   int64_t width(int index) const { return (index == 2 ? 1 : 4) * shapes.hidden_size; }
-  static std::string norm_name(const char* prefix, int index, const char* suffix) {
-    static constexpr const char* kSites[] = {"input", "recurrent", "cell"};
-    return std::string(prefix) + kSites[index] + suffix;
-  }
 
   void check_norm_parameters() {
     for (int index = 0; index < 3; ++index) {
       NormTensors& norm = norms_[index];
       if (!site(index)) continue;
       const char* symbols = index == 2 ? "(H,)" : "(4H,)";
-      const std::string weight = norm_name("norm_", index, "_weight");
-      if (!norm.weight) fail(name_, ": ", weight, ": expected a tensor, since this norm is on, got None");
-      expect.check_contiguous(weight.c_str(), norm.weight, shapes.storage, symbols, {width(index)});
-      expect.check_contiguous(norm_name("norm_", index, "_bias").c_str(), norm.bias, shapes.storage, symbols,
-                              {width(index)});
+      const NormNames& names = kNormNames[index];
+      if (!norm.weight) fail(name_, ": ", names.weight, ": expected a tensor, since this norm is on, got None");
+      expect.check_contiguous(names.weight, norm.weight, shapes.storage, symbols, {width(index)});
+      expect.check_contiguous(names.bias, norm.bias, shapes.storage, symbols, {width(index)});
     }
   }
 
@@ -248,14 +257,14 @@ class LayerArguments {
           rows_read > 0 || (place_ != Place::Cpu && norm.running_mean.has_value() != norm.running_var.has_value());
       for (const bool mean : {true, false}) {
         OptionalTensor& tensor = mean ? norm.running_mean : norm.running_var;
-        const std::string tensor_name = norm_name("running_", index, mean ? "_mean" : "_var");
+        const char* const tensor_name = mean ? kNormNames[index].running_mean : kNormNames[index].running_var;
         if (!tensor) {
           if (expected) fail(name_, ": ", tensor_name, ": expected a tensor, since an index reads it, got None");
           continue;
         }
         const Shape shape = shape_of(*tensor);
         const int64_t rows = shape.empty() ? 0 : shape[0];
-        expect.check_contiguous(tensor_name.c_str(), *tensor, shapes.compute, index == 2 ? "(R, H)" : "(R, 4H)",
+        expect.check_contiguous(tensor_name, *tensor, shapes.compute, index == 2 ? "(R, H)" : "(R, 4H)",
                                 {rows, width(index)});
         if (rows_read > rows) {
           fail(name_, ": ", tensor_name, ": expected at least ", rows_read, " rows, which an index reads, got ", rows);

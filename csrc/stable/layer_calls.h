@@ -1,35 +1,89 @@
-// One call of an operator, up to the point where kernels start: its arguments checked, its results allocated, both as
-// the structs that kernels take. The same for every device.
+// A call of an operator, up to the point where kernels start: its arguments checked, its results allocated, both as the
+// structs that kernels take. The same for every device.
 #pragma once
 
 #include <initializer_list>
-#include <string>
+#include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "layer_arguments.h"
 
 namespace fusedreg::stable {
 
+// Which of the 16 results of the backward are wanted, in their order.
+enum Gradient {
+  kInput,
+  kWeightIh,
+  kWeightHh,
+  kBiasIh,
+  kBiasHh,
+  kWeightHr,
+  kInitialHidden,
+  kInitialCell,
+  kNormInputWeight,
+  kNormInputBias,
+  kNormRecurrentWeight,
+  kNormRecurrentBias,
+  kNormCellWeight,
+  kNormCellBias,
+  kHiddenProbe,
+  kCellProbe,
+  kNumberOfGradients
+};
+
 // An operator's results, in the schema's order. An absent one is an empty tensor of shape (0,), never a view of
-// another.
+// another. Where there are models all results have an axis of them in front, and each model has its part.
 class Results {
  public:
-  explicit Results(const LayerArguments& layer) : layer_(layer) {}
+  // On the device of `like`.
+  Results(Tensor like, std::optional<int64_t> models) : like_(std::move(like)), models_(models) {
+    tensors_.reserve(kNumberOfGradients);  // the most that there are
+  }
 
+  // The results of this model are added next; the first one's allocate for all.
+  void begin(int64_t model) {
+    model_ = model;
+    next_ = 0;
+  }
   void* add(bool wanted, const Shape& shape, ScalarType type) {
-    tensors_.push_back(wanted ? empty(layer_.input, shape, type) : absent(layer_.input, type));
-    return wanted ? tensors_.back().mutable_data_ptr() : nullptr;
+    if (next_ == tensors_.size()) tensors_.push_back(allocate(wanted, shape, type));
+    const Tensor& tensor = tensors_[next_++];
+    if (!wanted) return nullptr;
+    char* const data = static_cast<char*>(tensor.mutable_data_ptr());
+    return model_ == 0 ? data : data + model_ * (bytes_of(tensor) / *models_);
+  }
+  // Of all models at once, what was added last, and everything.
+  void zero_last() {
+    if (model_ == 0) torch::stable::zero_(tensors_[next_ - 1]);
   }
   void zero() {
     for (Tensor& tensor : tensors_) torch::stable::zero_(tensor);
   }
-  Tensor& operator[](size_t index) { return tensors_[index]; }
+  const Tensor& operator[](size_t index) const { return tensors_[index]; }
   void give(StableIValue* stack) {
     for (const Tensor& tensor : tensors_) *stack++ = torch::stable::detail::from(tensor);
   }
 
+  static int64_t bytes_of(const Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); }
+
  private:
-  const LayerArguments& layer_;
+  Tensor allocate(bool wanted, const Shape& shape, ScalarType type) const {
+    if (!models_) return wanted ? empty(like_, shape, type) : absent(like_, type);
+    Shape of_all{*models_};
+    if (wanted) {
+      of_all.insert(of_all.end(), shape.begin(), shape.end());
+    } else {
+      of_all.push_back(0);
+    }
+    return empty(like_, of_all, type);
+  }
+
+  Tensor like_;
+  std::optional<int64_t> models_;
+  int64_t model_ = 0;
+  size_t next_ = 0;
   std::vector<Tensor> tensors_;
 };
 
@@ -37,23 +91,28 @@ class ForwardCall {
  public:
   static constexpr const char* kName = "fusedreg::lstm_layer_forward";
 
-  ForwardCall(StableIValue* stack, Place place) : ForwardCall(ArgumentReader(stack), place) {}
+  // Of the operator's arguments, as they come; `prepare` comes next.
+  explicit ForwardCall(ArgumentReader reader) : layer(kName, reader, /*with_saved=*/false) {}
+  // One model's, out of the call of all models.
+  ForwardCall(const ForwardCall& all, int64_t model) : layer(all.layer, model) {}
   ForwardCall(const ForwardCall&) = delete;
 
-  LayerArguments layer;
-  Results results;
-  ForwardParams params;
+  void check_models(int64_t models) { layer.check_models(models); }
 
- private:
-  ForwardCall(ArgumentReader reader, Place place) : layer(kName, reader, /*with_saved=*/false), results(layer) {
+  // Checks the arguments, and makes `params` of them and of the results that it adds.
+  void prepare(Place place, Results& results) {
     params.in = layer.check(place);
     if (layer.options.gradient_groups > 1) {
       fail(kName, ": options[14]: expected 0 or 1 gradient groups in the forward, got ", layer.options.gradient_groups);
     }
-    allocate();
+    allocate(results);
   }
 
-  void allocate() {
+  LayerArguments layer;
+  ForwardParams params;
+
+ private:
+  void allocate(Results& results) {
     const Options& options = layer.options;
     const Rates& rates = layer.rates;
     const LayerShapes& shapes = layer.shapes;
@@ -84,58 +143,59 @@ class ForwardCall {
   }
 };
 
-// Which of the 16 results of the backward are wanted, in their order.
-enum Gradient {
-  kInput,
-  kWeightIh,
-  kWeightHh,
-  kBiasIh,
-  kBiasHh,
-  kWeightHr,
-  kInitialHidden,
-  kInitialCell,
-  kNormInputWeight,
-  kNormInputBias,
-  kNormRecurrentWeight,
-  kNormRecurrentBias,
-  kNormCellWeight,
-  kNormCellBias,
-  kHiddenProbe,
-  kCellProbe,
-  kNumberOfGradients
-};
-
 class BackwardCall {
  public:
   static constexpr const char* kName = "fusedreg::lstm_layer_backward";
 
-  BackwardCall(StableIValue* stack, Place place) : BackwardCall(ArgumentReader(stack), place) {}
+  explicit BackwardCall(ArgumentReader reader) : layer(kName, take_gradients(reader), /*with_saved=*/true) {
+    reader.take_into(needed_);
+  }
+  BackwardCall(const BackwardCall& all, int64_t model)
+      : grad_output(all.grad_output),
+        grad_final_hidden(all.grad_final_hidden),
+        grad_final_cell(all.grad_final_cell),
+        grad_cells(all.grad_cells),
+        layer(all.layer, model),
+        needed_(all.needed_) {
+    visit_gradients([model](const char* /*name*/, OptionalTensor& tensor) { select_model(tensor, model); });
+  }
   BackwardCall(const BackwardCall&) = delete;
+
+  void check_models(int64_t models) {
+    layer.check_models(models);
+    visit_gradients(
+        [models](const char* name, const OptionalTensor& tensor) { check_model_axis(kName, name, tensor, models); });
+  }
+
+  void prepare(Place place, Results& results) {
+    params.in = layer.check(place);
+    params.saved = layer.check_saved();
+    if (needed_.size() != kNumberOfGradients) {
+      fail(kName, ": needed: expected ", int{kNumberOfGradients}, " flags, got ", needed_.size());
+    }
+    const int64_t groups = layer.options.gradient_groups;
+    if (groups > 1) layer.check_groups("options[14]", groups);
+    check_gradients();
+    allocate(results);
+  }
 
   OptionalTensor grad_output, grad_final_hidden, grad_final_cell, grad_cells;
   LayerArguments layer;
-  Results results;
   BackwardParams params;
   // Where both biases' gradients are wanted: the second one, which is to hold what params.grad_bias does.
   void* second_grad_bias = nullptr;
 
  private:
-  BackwardCall(ArgumentReader reader, Place place)
-      : layer(kName, take_gradients(reader), /*with_saved=*/true), results(layer) {
-    const auto needed = reader.take<std::vector<bool>>();
-    params.in = layer.check(place);
-    params.saved = layer.check_saved();
-    if (needed.size() != kNumberOfGradients) {
-      fail(kName, ": needed: expected ", int{kNumberOfGradients}, " flags, got ", needed.size());
-    }
-    const int64_t groups = layer.options.gradient_groups;
-    if (groups > 1) layer.check_groups("options[14]", groups);
-    check_gradients();
-    allocate(needed);
+  template <typename Visit>
+  void visit_gradients(const Visit& visit) {
+    visit("grad_output", grad_output);
+    visit("grad_final_hidden", grad_final_hidden);
+    visit("grad_final_cell", grad_final_cell);
+    visit("grad_cells", grad_cells);
   }
 
   ArgumentReader& take_gradients(ArgumentReader& reader) {
-    reader.take_into(grad_output, grad_final_hidden, grad_final_cell, grad_cells);
+    visit_gradients([&reader](const char* /*name*/, OptionalTensor& tensor) { reader.take_into(tensor); });
     return reader;
   }
 
@@ -155,7 +215,8 @@ class BackwardCall {
     params.grad_cells = pointer(grad_cells);
   }
 
-  void allocate(const std::vector<bool>& needed) {
+  void allocate(Results& results) {
+    const std::vector<bool>& needed = needed_;
     const LayerShapes& shapes = layer.shapes;
     const ScalarType storage = shapes.storage;
     const int64_t hidden_size = shapes.hidden_size;
@@ -179,7 +240,7 @@ class BackwardCall {
     const auto add_if = [&](Gradient which, const Shape& shape, bool there) -> void* {
       void* const data = results.add(needed[which], shape, storage);
       if (there) return data;
-      torch::stable::zero_(results[which]);
+      results.zero_last();
       return nullptr;
     };
     params.grad_weight_hr =
@@ -196,6 +257,44 @@ class BackwardCall {
     params.grad_hidden_probe = results.add(needed[kHiddenProbe], shapes.hiddens(), storage);
     params.grad_cell_probe = results.add(needed[kCellProbe], shapes.cells(), shapes.compute);
   }
+
+  std::vector<bool> needed_;
+};
+
+// What a call of an operator comes to: one call, or one for each of the models, all of one size. Arguments are checked
+// and results allocated; kernels are to run next.
+template <typename Call>
+class Calls {
+ public:
+  Calls(StableIValue* stack, Place place)
+      : all_(ArgumentReader(stack)), models_(all_.layer.models()), results(all_.layer.input, models_) {
+    if (!models_) {
+      all_.prepare(place, results);
+      return;
+    }
+    all_.check_models(*models_);
+    for (int64_t model = 0; model < *models_; ++model) {
+      results.begin(model);
+      each_.push_back(std::make_unique<Call>(all_, model));
+      each_.back()->prepare(place, results);
+    }
+    // Results have shapes also without a model: those of one that is not run.
+    if (*models_ == 0) Call(all_, 0).prepare(place, results);
+  }
+
+  const Tensor& input() const { return all_.layer.input; }
+  int64_t count() const { return models_ ? *models_ : 1; }
+  Call& operator[](int64_t index) { return models_ ? *each_[index] : all_; }
+  // Whether there is something for kernels to do. Else the results are zeros.
+  bool have_work() { return count() > 0 && (*this)[0].layer.shapes.rows > 0; }
+
+ private:
+  Call all_;  // as the arguments came
+  std::optional<int64_t> models_;
+  std::vector<std::unique_ptr<Call>> each_;  // the checked arguments have pointers to themselves
+
+ public:
+  Results results;
 };
 
 }  // namespace fusedreg::stable

@@ -6,7 +6,7 @@
 
 #include "../common/params.h"
 #include "../cuda/plan.h"
-#include "layer_arguments.h"
+#include "argument_reader.h"
 #include "layer_options.h"
 
 namespace fusedreg::stable {

@@ -1,5 +1,8 @@
 // The operators' schemas: one contract for the kernels of every device. The fakes of fusedreg/fakes.py and the orders
 // of fusedreg/encoding.py follow them.
+//
+// Shapes are those of fusedreg/layer.py. With an input (M, T, B, I) every tensor that is there has an axis of M models
+// in front, results too, and result[m] is the operator of argument[m].
 #pragma once
 
 // The 27 tensors that forward and backward share.

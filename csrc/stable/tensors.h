@@ -136,4 +136,26 @@ inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
   return Tensor(handle);
 }
 
+// ---- an axis of models in front ----
+
+inline void check_model_axis(const char* operator_name, const char* name, const Tensor& tensor, int64_t models) {
+  if (tensor.dim() > 0 && tensor.size(0) == models) return;
+  fail(operator_name, ": ", name, ": expected an axis of ", models, " models in front, as input (M, T, B, I) has, got ",
+       "shape ", text(shape_of(tensor)), "; expand it where models have it in common");
+}
+inline void check_model_axis(const char* operator_name, const char* name, const OptionalTensor& tensor,
+                             int64_t models) {
+  if (tensor) check_model_axis(operator_name, name, *tensor, models);
+}
+
+// Makes of a tensor one model's part of it. Where there are no models at all: zeros of the shape of such a part.
+inline void select_model(Tensor& tensor, int64_t model) {
+  const Shape shape = shape_of(tensor);
+  tensor = shape[0] > 0 ? torch::stable::select(tensor, 0, model)
+                        : torch::stable::new_zeros(tensor, {shape.data() + 1, shape.size() - 1});
+}
+inline void select_model(OptionalTensor& tensor, int64_t model) {
+  if (tensor) select_model(*tensor, model);
+}
+
 }  // namespace fusedreg::stable

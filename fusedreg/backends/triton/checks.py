@@ -6,7 +6,8 @@ of running statistics is limited in the kernels, and lengths are clamped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ def _check(name: str, value: Tensor, like: Tensor, dtype: torch.dtype, shape: tu
         f"{_NAME}: {name}: expected {dtype} of shape {shape} on {like.device}, got {value.dtype} of shape "
         f"{tuple(value.shape)} on {value.device}; call fusedreg.LSTM, which passes what is needed"
     )
+
+
+def check_models(tensors: Mapping[str, Any], models: int) -> None:
+    """That every tensor has an axis of the models in front; those that are ``None`` have none."""
+    for name, value in tensors.items():
+        if value is not None and (value.dim() == 0 or value.shape[0] != models):
+            raise RuntimeError(
+                f"{_NAME}: {name}: expected an axis of {models} models in front, as input (M, T, B, I) has, got shape "
+                f"{tuple(value.shape)}; expand it where models have it in common"
+            )
 
 
 def check_arguments(tensors: Arguments, rates: Sequence[float], options: Sequence[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,16 +11,51 @@ from torch import Tensor
 
 from fusedreg.backends.triton.backward import layer_backward
 from fusedreg.backends.triton.before_loop import input_product, masked_input, masked_weight, summed_bias
-from fusedreg.backends.triton.checks import check_arguments, check_backward, check_saved
+from fusedreg.backends.triton.checks import check_arguments, check_backward, check_models, check_saved
 from fusedreg.backends.triton.forward_loop import forward_loop
 from fusedreg.backends.triton.input_norm import input_statistics, normalised
 from fusedreg.backends.triton.layout import Arguments, ForwardResults, Layer, LoopInputs, loop_inputs, make_layer
-from fusedreg.encoding import NUMBER_OF_TENSORS
-from fusedreg.fakes import forward_fake
+from fusedreg.encoding import NUMBER_OF_TENSORS, TENSOR_ARGUMENTS
+from fusedreg.fakes import backward_fake, forward_fake
+from fusedreg.schemas import INCOMING, SAVED
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """``fusedreg::triton_lstm_layer_forward``: the arguments and results of :mod:`fusedreg.schemas`."""
+    if arguments[0].dim() == 4:
+        return _by_model(_forward, forward_fake(*arguments), arguments, TENSOR_ARGUMENTS)
+    return _forward(*arguments)
+
+
+def backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """``fusedreg::triton_lstm_layer_backward``: the arguments and results of :mod:`fusedreg.schemas`."""
+    if arguments[len(INCOMING)].dim() == 4:
+        names = (*INCOMING, *TENSOR_ARGUMENTS, *SAVED)
+        return _by_model(_backward, backward_fake(*arguments), arguments, names)
+    return _backward(*arguments)
+
+
+def _by_model(
+    operator: Callable[..., tuple[Tensor, ...]],
+    results: tuple[Tensor, ...],
+    arguments: Sequence[Any],
+    names: Sequence[str],
+) -> tuple[Tensor, ...]:
+    """Models one after another, of tensors that all have an axis of models in front.
+
+    A model's results are copied into their place. Written there they might stand at an address that 16 does not divide,
+    for which Triton compiles a kernel anew.
+    """
+    models = results[0].shape[0]
+    check_models(dict(zip(names, arguments)), models)  # noqa: B905
+    for model in range(models):
+        own = [argument[model] if isinstance(argument, Tensor) else argument for argument in arguments]
+        for together, result in zip(results, operator(*own), strict=True):
+            together[model].copy_(result)
+    return results
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     check_arguments(Arguments(*arguments[:NUMBER_OF_TENSORS]), *arguments[NUMBER_OF_TENSORS:-1])
     results = forward_fake(*arguments)  # empty tensors, here on a real device
     if results[0].shape[1] == 0:
@@ -32,8 +67,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     return results
 
 
-def backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """``fusedreg::triton_lstm_layer_backward``: the arguments and results of :mod:`fusedreg.schemas`."""
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, rates, options = Arguments(*arguments[4 : 4 + NUMBER_OF_TENSORS]), *arguments[-4:-2]
     check_arguments(tensors, rates, options)
     check_saved(tensors, arguments[4 + NUMBER_OF_TENSORS : -4], options)
