@@ -129,6 +129,13 @@ def test_shapes(name: str, changes: dict[str, object]) -> None:
     check(case_of(name, "reverse", steps=2, **changes))
 
 
+@pytest.mark.parametrize("name", ["everything", "everything_untied", "everything+proj"])
+def test_columns_split_between_warps(name: str) -> None:
+    name, _, projected = name.partition("+")
+    case = case_of(name, dtype=torch.bfloat16, rows=3, steps=2, hidden_size=140, proj_size=70 if projected else 0)
+    check(case)
+
+
 def test_optional_arguments() -> None:
     check(case_of("everything", bias=False, initial_state=False, return_cells=False))
 
@@ -149,10 +156,13 @@ def test_persistent_in_one_program(name: str, monkeypatch: pytest.MonkeyPatch) -
         ("everything_layer_norm", 5, 20, 3),
     ],
 )
+@pytest.mark.parametrize("held", [True, False], ids=["held", "streamed"])
 def test_persistent_in_several_programs(
-    name: str, rows: int, hidden_size: int, programs: int, monkeypatch: pytest.MonkeyPatch
+    name: str, rows: int, hidden_size: int, programs: int, held: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_kernels(monkeypatch, persistent=True, programs=programs)
+    if held:  # where a program has one tile; the interpreter has but one precision
+        monkeypatch.setattr(backward_configuration, "product_precision", lambda dtype: "tf32")
     with switching_programs(seed=rows + hidden_size) as used:
         check(case_of(name, rows=rows, hidden_size=hidden_size, steps=3))
     assert used.largest_grid == programs

@@ -72,6 +72,23 @@ def test_resources(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_programs_that_wait_for_each_other_see_what_was_written(target: str) -> None:
+    assert not [(one["name"], fault) for one in kernels(target) for fault in one["unordered"]]
+
+
+def test_a_missing_order_is_found() -> None:
+    from triton_pretended import unordered
+
+    lines = ["st.global.b32", "bar.sync 0;", "atom.global.gpu.release.add.u32"]
+    lines += ["ld.global.gpu.acquire.b32", "bar.sync 0;", "ld.global.b32"]
+    assert not unordered("\n".join(lines))
+    for barrier in (1, 4):
+        assert unordered("\n".join(lines[:barrier] + lines[barrier + 1 :]))
+    for word, other in ((".gpu.release", ""), (".gpu.acquire", ""), ("ld.global.b32", "ld.global.nc.b32")):
+        assert unordered("\n".join(lines).replace(word, other))
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_other_sizes_rates_layers_and_addresses_compile_nothing(target: str) -> None:
     assert not [one for one in kernels(target) if one["again"]]
 

@@ -70,6 +70,17 @@ def keep(values, kept, back, IS_TANH: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def add_pieces(pieces, total, SPLIT: tl.constexpr):
+    piece, row, unit = (
+        tl.arange(0, SPLIT)[:, None, None],
+        tl.arange(0, 4)[None, :, None],
+        tl.arange(0, 8)[None, None, :],
+    )
+    summed = jit_storage.sum_of_pieces(tl.load(pieces + piece * 32 + row * 8 + unit), SPLIT)
+    tl.store(total + tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :], summed)
+
+
+@triton.jit
 def narrow(values, narrowed, STORAGE: tl.constexpr, COUNT: tl.constexpr):
     at = tl.arange(0, COUNT)
     tl.store(narrowed + at, jit_storage.narrow(tl.load(values + at), STORAGE))
@@ -207,6 +218,14 @@ def test_products_of_tiles(dtype: torch.dtype) -> None:
     result = torch.zeros(16, 16)
     multiply[(1,)](left, right, result, SIZE=16)
     torch.testing.assert_close(result, left.float() @ right.float())
+
+
+@pytest.mark.parametrize("split", [2, 4, 8])
+def test_the_pieces_of_a_split_product_add_up(split: int) -> None:
+    pieces = torch.randint(-9, 9, (split, 4, 8)).float()  # whole numbers: exact in any order
+    total = torch.empty(4, 8)
+    add_pieces[(1,)](pieces, total, split)
+    assert torch.equal(total, pieces.sum(0))
 
 
 @pytest.mark.parametrize("zones", ["mask", "rate"])

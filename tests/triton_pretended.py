@@ -63,6 +63,7 @@ class Compiled(NamedTuple):
     shared_bytes: int
     warps: int
     cooperative: bool
+    unordered: list[str]
 
 
 class CountingLauncher:
@@ -135,6 +136,32 @@ def resources(kernel: Any) -> tuple[int, int]:
     return int(usage[1]), int(usage[2])
 
 
+def unordered(ptx: str) -> list[str]:
+    """What a kernel's PTX lacks to order one program's writes before another's reads.
+
+    An arrival must be a release, with a barrier of all threads between it and whatever they stored before; a wait must
+    be an acquire, with such a barrier between it and whatever is loaded after it; both at the device's scope. No load
+    may be of the kind that takes memory for constant.
+    """
+    faults = [line.strip() for line in ptx.splitlines() if "global.nc" in line]
+    stored = acquired = False
+    for line in ptx.splitlines():
+        if "bar.sync" in line:
+            stored = acquired = False
+        elif re.search(r"(atom|red)\.global", line):
+            if ".gpu.release." not in line or stored:
+                faults.append(line.strip())
+        elif ".gpu.acquire." in line:
+            acquired = True
+        elif re.search(r"\bst\.global", line):
+            stored = True
+        elif acquired and re.search(r"\bld\.global|\bcp\.async\.c[ag]", line):
+            faults.append(line.strip())
+    if "bar.sync" in ptx and bool(re.search("gpu.acquire", ptx)) != bool(re.search("gpu.release", ptx)):
+        faults.append("a wait without an arrival, or an arrival without a wait")
+    return faults
+
+
 def pretended_driver(target: str, folder: Path) -> PretendedDriver:
     if is_amd(target):
         torch.version.hip = "pretended"
@@ -180,6 +207,7 @@ def pretend(target: str) -> PretendedDriver:
                 metadata.shared,
                 metadata.num_warps,
                 metadata.launch_cooperative_grid,
+                unordered(kernel.asm.get("ptx", "")),
             )
         )
         return kernel

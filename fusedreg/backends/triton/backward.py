@@ -83,7 +83,11 @@ def layer_backward(*arguments: Any) -> tuple[Tensor, ...]:
     terms = _terms(layer, inputs, kept, previous)
     grads = backward_loop(
         layer,
-        inputs._replace(input_terms=terms.input_terms),
+        inputs._replace(
+            input_terms=terms.input_terms,
+            weight_hh=inputs.weight_hh.t().contiguous(),
+            weight_hr=None if inputs.weight_hr is None else inputs.weight_hr.t().contiguous(),
+        ),
         Saved(kept.cells, terms.recurrent, kept.recurrent_statistics, kept.cell_statistics),
         incoming,
         activated=terms.activated,

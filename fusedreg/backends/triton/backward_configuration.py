@@ -8,32 +8,39 @@ import torch
 
 from fusedreg.backends.triton import configurations
 from fusedreg.backends.triton.configurations import power_of_two, product_precision, product_stages
-from fusedreg.backends.triton.layout import Layer
+from fusedreg.backends.triton.layout import UNTIED, Layer
 from fusedreg.encoding import NORM_BATCH, NORM_LAYER, NORM_NONE
 
 # Values of a gate that a stage which owns whole rows has at once, at most.
 _WHOLE_ROWS_ELEMENTS = 1024
 # Elements of a tile that four warps can hold in registers through a whole step.
 _FEW_ELEMENTS = 1024
+# Of a tile of da beside held weights: two are in registers at once. Each is code of its own, and there are not many.
+_TILE_BYTES = 16 * 1024
+_MOST_TILES = 16
 
 
 class BackwardBlock(NamedTuple):
     """Sizes of a kernel's tiles, powers of two, and how it runs; compiled in.
 
-    A product takes ``rows`` by ``columns`` of ``da`` and ``columns`` by ``units`` of ``W_hh``. ``wide`` holds a whole
-    row's units, and a stage that owns rows takes ``whole_rows`` of them. ``norm`` is the norm that acts inside the
-    loop, ``activated`` whether the gates were kept after their activations, ``sums_by_row`` whether the gradients of
-    ``N_c``'s gain and shift are left by row or by step, ``precision`` Triton's ``input_precision``.
+    A product takes ``rows`` by ``columns`` of ``da`` and ``columns`` by ``units`` of ``W_hh``, which a program holds
+    over all steps where it is ``resident``; where that leaves a warp nothing of its own, warps ``split`` the columns
+    and add up. ``wide`` holds a whole row's units, and a stage that owns rows takes ``whole_rows`` of them. ``norm`` is
+    the norm that acts inside the loop, ``activated`` whether the gates were kept after their activations,
+    ``sums_by_row`` whether the gradients of ``N_c``'s gain and shift are left by row or by step, ``precision`` Triton's
+    ``input_precision``.
     """
 
     rows: int
     units: int
     columns: int
+    split: int
     wide: int
     whole_rows: int
     norm: int
     activated: int
     persistent: int
+    resident: int
     sums_by_row: int
     precision: str
 
@@ -76,15 +83,25 @@ def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | 
         persistent = tiles <= 2 * present and device.type != "cpu" and not refused
     precision = product_precision(dtype)
     wide = max(16, power_of_two(hidden_size))
+    whole_rows = min(power_of_two(-(-rows // present)), max(1, _WHOLE_ROWS_ELEMENTS // wide))
+    warps = _warps(tile_rows * tile_units, whole_rows * wide if persistent else 0, norm)
+    # Warps that have no rows of their own in the product split its columns.
+    small = tile_rows <= 32 and not (dtype == torch.float32 and precision == "ieee")
+    held = 0
+    if persistent and tiles <= present:
+        held = _held_columns(layer, tile_rows, tile_units, precision, limits.shared_bytes)
+    columns = held or min(_columns(dtype, precision, tile_rows * tile_units, warps if small else 0), wide)
     block = BackwardBlock(
         rows=tile_rows,
         units=tile_units,
-        columns=min(_columns(dtype, precision, tile_rows * tile_units), wide),
+        columns=columns,
+        split=warps if small and columns >= 16 * warps else 1,
         wide=wide,
-        whole_rows=min(power_of_two(-(-rows // present)), max(1, _WHOLE_ROWS_ELEMENTS // wide)),
+        whole_rows=whole_rows,
         norm=norm,
         activated=int(activated),
         persistent=int(persistent),
+        resident=int(held > 0),
         sums_by_row=int(norm == NORM_LAYER or layer.gradient_groups > 0),
         precision=precision,
     )
@@ -94,23 +111,45 @@ def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | 
         unit_tiles,
         row_tiles,
         programs=min(tiles, present),
-        launch={"num_warps": _warps(block), "num_stages": product_stages(tile_bytes, limits.shared_bytes)},
+        launch={"num_warps": warps, "num_stages": product_stages(tile_bytes, limits.shared_bytes)},
         rows_launch={"num_warps": min(16, max(1, block.whole_rows * wide // 128))},
     )
 
 
-def _warps(block: BackwardBlock) -> int:
+def _warps(elements: int, of_whole_rows: int, norm: int) -> int:
     """So many that no value has to leave the registers, of which a norm's passes need most."""
-    if block.norm == NORM_LAYER and block.persistent and block.whole_rows * block.wide >= _WHOLE_ROWS_ELEMENTS:
+    if norm == NORM_LAYER and of_whole_rows >= _WHOLE_ROWS_ELEMENTS:
         return 8
-    return 8 if block.rows * block.units > (_FEW_ELEMENTS // 2 if block.norm == NORM_BATCH else _FEW_ELEMENTS) else 4
+    return 8 if elements > (_FEW_ELEMENTS // 2 if norm == NORM_BATCH else _FEW_ELEMENTS) else 4
 
 
-def _columns(dtype: torch.dtype, precision: str, elements: int) -> int:
-    """How deep a product's tiles are. True float32 products have no tensor cores, and are unrolled over the depth."""
-    if dtype != torch.float32:
-        return 128 if elements <= _FEW_ELEMENTS else 64
-    return 32 if precision == "ieee" else 64
+def _held_columns(layer: Layer, rows: int, units: int, precision: str, shared_bytes: int) -> int:
+    """How deep the tiles of ``W_hh`` are of which a program holds all over the steps; 0 where it cannot.
+
+    Two tiles of ``da`` have to go in beside them. True float32 goes through registers.
+    """
+    gates = 4 if layer.flags.hidden_dropout == UNTIED else 1  # a product of its own each
+    depth, size = 4 * layer.flags.hidden_size // gates, layer.tensors.weight_hh.dtype.itemsize
+    if size == 4 and precision == "ieee":
+        return 0
+    columns = max(_TILE_BYTES // (rows * size), power_of_two(-(-gates * depth // _MOST_TILES)))
+    columns = min(columns, power_of_two(depth))
+    while columns > 64 and -(-depth // columns) * columns > configurations.PADDING * depth:
+        columns //= 2
+    held = gates * units * -(-depth // columns) * columns + 2 * rows * columns
+    return columns if held * size + configurations.SPARE_BYTES <= shared_bytes else 0
+
+
+def _columns(dtype: torch.dtype, precision: str, elements: int, split: int) -> int:
+    """How deep a product's tiles are that are read at each step, by ``split`` warps in pieces.
+
+    True float32 products have no tensor cores, and are unrolled over the depth.
+    """
+    if precision == "ieee" and dtype == torch.float32:
+        return 32
+    if split:
+        return split * 128 // dtype.itemsize
+    return 128 if dtype != torch.float32 and elements <= _FEW_ELEMENTS else 64
 
 
 def _tiles(rows: int, hidden_size: int, present: int, norm: int) -> tuple[int, int]:

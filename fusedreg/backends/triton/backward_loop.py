@@ -87,7 +87,7 @@ def units_kernel(s, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     numbers = restored_numbers(numbers)
     unit_tiles: tl.constexpr = (LAYER.hidden_size + BLOCK.units - 1) // BLOCK.units
     unit_tile, row_tile = tl.program_id(0) % unit_tiles, tl.program_id(0) // unit_tiles
-    units_stage(s, unit_tile, row_tile, None, 0, tensors, numbers, LAYER, BLOCK)
+    units_stage(s, unit_tile, row_tile, None, 0, (), tensors, numbers, LAYER, BLOCK)
 
 
 @triton.jit(do_not_specialize=["s", "numbers"])

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedreg.backends.triton.backward_product import held_weights
 from fusedreg.backends.triton.backward_step import rows_stage, units_stage
 from fusedreg.backends.triton.jit_grid import COUNTER_STRIDE, arrive, wait_for
 from fusedreg.backends.triton.jit_numbers import restored_numbers
@@ -26,6 +27,8 @@ def persistent_kernel(  # type: ignore[no-untyped-def]
     tensors, numbers, arrivals, last_step, LAYER: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Every step from the last one down to ``last_step``, 0 or -1. A program takes every so-manyth tile.
+
+    One that has a single tile holds its columns of ``W_hh`` in shared memory where they fit.
 
     What a step writes for others, ``da`` and with layer norm ``dh``, stands before anybody reads it: a barrier of the
     grid follows each stage that does. Nothing that is still being read is overwritten: ``da`` has a place of its own
@@ -46,12 +49,15 @@ def persistent_kernel(  # type: ignore[no-untyped-def]
         alone = programs == unit_tiles * row_tiles
         together = tl.where(alone, unit_tiles, programs)
         arrivals += tl.where(alone, program // unit_tiles, 0) * COUNTER_STRIDE
+    units = program % unit_tiles * BLOCK.units + tl.arange(0, BLOCK.units)
+    tiles = held_weights(units, tensors.inputs.weight_hh, LAYER, BLOCK)
     target = programs * 0
     s = numbers.sizes.steps - 1
     while s >= last_step:
         tile = program
         while tile < unit_tiles * row_tiles:
-            units_stage(s, tile % unit_tiles, tile // unit_tiles, arrivals, target, tensors, numbers, LAYER, BLOCK)
+            units_stage(s, tile % unit_tiles, tile // unit_tiles, arrivals, target, tiles, tensors, numbers, LAYER,
+                        BLOCK)  # fmt: skip
             tile += programs
         arrive(arrivals)
         target += together

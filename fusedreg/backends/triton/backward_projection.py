@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fusedreg.backends.triton.backward_cell import pass_on_hidden, store_hidden_probe, through_hidden_zone
-from fusedreg.backends.triton.backward_product import hidden_gradient
+from fusedreg.backends.triton.backward_product import before_product, hidden_gradient
 from fusedreg.backends.triton.jit_numbers import restored_numbers
 from fusedreg.backends.triton.jit_storage import narrow
 from fusedreg.backends.triton.jit_tile import row_order, row_resets, tile_masks
@@ -45,7 +45,8 @@ def projection_kernel(s, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.conste
     unit_tiles: tl.constexpr = (LAYER.projected_size + BLOCK.units - 1) // BLOCK.units
     units = tl.program_id(0) % unit_tiles * BLOCK.units + tl.arange(0, BLOCK.units)
     rows = tl.program_id(0) // unit_tiles * BLOCK.rows + tl.arange(0, BLOCK.rows)
-    grad_hidden = hidden_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
+    before = before_product(s, rows, units, loop, grads, sizes, rates, LAYER)
+    grad_hidden = hidden_gradient(s, before, rows, units, (), loop, sizes, rates, LAYER, BLOCK)
     if s >= 0:
         hidden_tile(s, rows, units, grad_hidden, loop, grads, sizes, rates, LAYER)
     else:

@@ -32,7 +32,7 @@ from fusedreg.backends.triton.backward_cell import (
     through_zones,
 )
 from fusedreg.backends.triton.backward_norm import averaged_rows, cell_term, recurrent_term
-from fusedreg.backends.triton.backward_product import arriving_gradient, keep_gradient
+from fusedreg.backends.triton.backward_product import arriving_gradient, before_product, keep_gradient
 from fusedreg.backends.triton.jit_cell import leave_output
 from fusedreg.backends.triton.jit_grid import wait_for
 from fusedreg.backends.triton.jit_storage import narrow
@@ -47,15 +47,16 @@ def wait_for_others(arrivals, target):
 
 
 @triton.jit
-def plain_tile(s, rows, units, arrivals, target, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
+def plain_tile(s, rows, units, arrivals, target, tiles, loop, saved, grads, sizes, rates, LAYER: tl.constexpr,
                BLOCK: tl.constexpr):  # fmt: skip
     """A step of a tile without a norm: the product, the cell and ``da`` in one go.
 
     Reads what was saved, and draws its masks, while it waits for the others.
     """
     place, cell, arrived = read_tile(s, rows, units, s * 0, loop, saved, grads, sizes, rates, LAYER, BLOCK)
+    before = before_product(s, rows, units, loop, grads, sizes, rates, LAYER)
     wait_for_others(arrivals, target)
-    grad_hidden = arriving_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
+    grad_hidden = arriving_gradient(s, before, rows, units, tiles, loop, grads, sizes, rates, LAYER, BLOCK)
     gradients = through_zones(grad_hidden, arrived, LAYER)
     valid, position, resets, here = place
     direct, grad_output, grad_previous, grad_candidate, carried = gradients
@@ -100,12 +101,12 @@ def column_sums(values, products):
 
 
 @triton.jit
-def batch_units(s, units, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, BLOCK: tl.constexpr):
+def batch_units(s, units, tiles, loop, saved, grads, sizes, rates, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """A step with batch norm, for some units of every row."""
     HIDDEN: tl.constexpr = LAYER.hidden_size
     first = tl.full((), 0, tl.int32)
     while first < sizes.rows:
-        keep_gradient(s, first + tl.arange(0, BLOCK.rows), units, loop, grads, sizes, rates, LAYER, BLOCK)
+        keep_gradient(s, first + tl.arange(0, BLOCK.rows), units, tiles, loop, grads, sizes, rates, LAYER, BLOCK)
         first += BLOCK.rows
     tl.debug_barrier()
     if s >= 0:
@@ -261,7 +262,7 @@ def add_to_sums(target, rows, units, offset, values, sizes, HIDDEN: tl.constexpr
 
 
 @triton.jit
-def units_stage(s, unit_tile, row_tile, arrivals, target, tensors, numbers, LAYER: tl.constexpr,
+def units_stage(s, unit_tile, row_tile, arrivals, target, tiles, tensors, numbers, LAYER: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     """A step of one tile, or with a norm in the loop its first stage (layer norm) or all of it (batch norm).
 
@@ -272,16 +273,16 @@ def units_stage(s, unit_tile, row_tile, arrivals, target, tensors, numbers, LAYE
     rows = row_tile * BLOCK.rows + tl.arange(0, BLOCK.rows)
     if BLOCK.norm == NORM_BATCH:
         wait_for_others(arrivals, target)
-        batch_units(s, units, loop, saved, grads, sizes, rates, LAYER, BLOCK)
+        batch_units(s, units, tiles, loop, saved, grads, sizes, rates, LAYER, BLOCK)
     elif BLOCK.norm == NORM_LAYER:
         wait_for_others(arrivals, target)
-        keep_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
+        keep_gradient(s, rows, units, tiles, loop, grads, sizes, rates, LAYER, BLOCK)
     else:
         if s >= 0:
-            plain_tile(s, rows, units, arrivals, target, loop, saved, grads, sizes, rates, LAYER, BLOCK)
+            plain_tile(s, rows, units, arrivals, target, tiles, loop, saved, grads, sizes, rates, LAYER, BLOCK)
         else:
             wait_for_others(arrivals, target)
-            keep_gradient(s, rows, units, loop, grads, sizes, rates, LAYER, BLOCK)
+            keep_gradient(s, rows, units, tiles, loop, grads, sizes, rates, LAYER, BLOCK)
 
 
 @triton.jit

@@ -17,12 +17,12 @@ from fusedreg.encoding import NORM_BATCH, NORM_LAYER
 
 _UNITS = (8, 16, 32)
 _STEP_UNITS = 16
-_SPARE_BYTES = 24 * 1024  # of a program's shared memory: for sums over warps, and for the compiler's own use
+SPARE_BYTES = 24 * 1024  # of a program's shared memory: for sums over warps, and for the compiler's own use
 _LEAST_SHARED = 64 * 1024
-_TILE_BYTES = 32 * 1024  # of h at once: each tile is a wait for the exchange, and each byte a register's
+_TILE_BYTES = 16 * 1024  # of h, of which two tiles are in registers at once, or a single one of twice the size
 _TILES = 8  # of a gate at most that are held: each is code of its own, and compiling it takes its time
 _FEW_ELEMENTS = 1024  # of a tile, that four warps can hold in registers
-_PADDING = 1.34  # how much wider than H the tiles may be together
+PADDING = 1.34  # how much wider than H the tiles may be together
 
 
 class Block(NamedTuple):
@@ -176,7 +176,7 @@ def persistent_refused(layer: Layer) -> str | None:
 
 def product_stages(tile_bytes: int, shared_bytes: int) -> int:
     """How many of a product's tiles are on their way at once: three, or what the shared memory holds."""
-    return max(1, min(3, (shared_bytes - _SPARE_BYTES) // tile_bytes))
+    return max(1, min(3, (shared_bytes - SPARE_BYTES) // tile_bytes))
 
 
 def _stage_bytes(layer: Layer, block: Block) -> int:
@@ -197,13 +197,15 @@ def _columns(layer: Layer, rows: int, units: int, precision: str, limits: Device
     if limits is not None:
         copies = 4 if layer.flags.hidden_dropout == UNTIED else 1
         columns = _TILE_BYTES // (rows * dtype.itemsize * copies)
+        if 2 * columns >= most:
+            columns = most
         columns = min(most, max(columns, power_of_two(-(-depth // _TILES))))
         least = min(columns, max(64, most // _TILES))
         while columns >= least:
             padded = -(-depth // columns) * columns
-            held = 4 * units * padded + copies * rows * columns
-            if padded <= _PADDING * depth or columns == least:
-                if held * dtype.itemsize + _SPARE_BYTES <= limits.shared_bytes:
+            held = 4 * units * padded + min(2, padded // columns) * copies * rows * columns
+            if padded <= PADDING * depth or columns == least:
+                if held * dtype.itemsize + SPARE_BYTES <= limits.shared_bytes:
                     return columns, True
             columns //= 2
     return min(64, most), False

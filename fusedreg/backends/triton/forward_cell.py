@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 
 from fusedreg.backends.triton.jit_cell import begin_cell, finish_cell, tanh, zoned
-from fusedreg.backends.triton.jit_masks import SEQUENCE, UNTIED_HIDDEN, family_words, is_below
 from fusedreg.backends.triton.jit_storage import keep_activation, narrow, rounded
-from fusedreg.backends.triton.jit_tile import TIED, UNTIED, row_counters, row_order, row_resets, tile_masks
+from fusedreg.backends.triton.jit_tile import UNTIED, hidden_drops, row_order, row_resets, tile_masks
 
 
 @triton.jit
@@ -139,8 +138,8 @@ def load_cell(rows, units, valid, tensors, LAYER: tl.constexpr):
 
 
 @triton.jit
-def publish(half, hidden, rows, units, live, tensors, numbers, LAYER: tl.constexpr):
-    """Hand ``h``, in the storage type, to the next step's product: dropped where hidden dropout drops it.
+def publish(half, hidden, dropped, rows, units, live, tensors, numbers, LAYER: tl.constexpr):
+    """Hand ``h``, in the storage type, to the next step's product: 0 where ``dropped`` has a gate's bit.
 
     One copy, or with untied masks one a gate. The scale of what is kept is the product's.
     """
@@ -150,21 +149,17 @@ def publish(half, hidden, rows, units, live, tensors, numbers, LAYER: tl.constex
     inside = live[:, None] & (units < size)[None, :]
     to = tensors.state.exchange + half * (copies * copy) + (rows.to(tl.int64) * size)[:, None] + units[None, :]
     zero = tl.zeros_like(hidden)
-    limit = numbers.rates.hidden_threshold
     if LAYER.hidden_dropout == 0:
         tl.store(to, hidden, mask=inside)
     else:
-        key0, key1, row, _ = row_counters(rows, tensors.inputs.seed, numbers.sizes, LAYER)
-        stream = numbers.rates.stream
-        if LAYER.hidden_dropout == TIED:
-            w0, w1, w2, w3 = family_words(units[None, :], row, SEQUENCE, stream, key0, key1)
-            tl.store(to, tl.where(is_below(w0, limit), zero, hidden), mask=inside)
-        else:
-            w0, w1, w2, w3 = family_words(units[None, :], row, UNTIED_HIDDEN, stream, key0, key1)
-            tl.store(to, tl.where(is_below(w0, limit), zero, hidden), mask=inside)
-            tl.store(to + copy, tl.where(is_below(w1, limit), zero, hidden), mask=inside)
-            tl.store(to + 2 * copy, tl.where(is_below(w2, limit), zero, hidden), mask=inside)
-            tl.store(to + 3 * copy, tl.where(is_below(w3, limit), zero, hidden), mask=inside)
+        for gate in tl.static_range(copies):
+            tl.store(to + gate * copy, tl.where((dropped >> gate) & 1 != 0, zero, hidden), mask=inside)
+
+
+@triton.jit
+def draw_drops(rows, units, tensors, numbers, LAYER: tl.constexpr):
+    """What :func:`publish` drops: :func:`~fusedreg.backends.triton.jit_tile.hidden_drops` with the call's key."""
+    return hidden_drops(rows, units, tensors.inputs.seed, numbers.sizes, numbers.rates, LAYER)
 
 
 @triton.jit
@@ -214,7 +209,7 @@ def finish_hidden(hidden, hidden_candidate, output_mask, tensors, LAYER: tl.cons
 
 
 @triton.jit
-def hand_on(half, hidden, rows, units, valid, tensors, numbers, LAYER: tl.constexpr):
+def hand_on(half, hidden, dropped, rows, units, valid, tensors, numbers, LAYER: tl.constexpr):
     """What others wait for: ``h`` for the next step's product, or ``u`` for this step's projection."""
     if LAYER.projected:
         at = (rows.to(tl.int64) * LAYER.hidden_size)[:, None] + units[None, :]
@@ -222,7 +217,7 @@ def hand_on(half, hidden, rows, units, valid, tensors, numbers, LAYER: tl.conste
         tl.store(tensors.state.activated + at, hidden, mask=inside)
     else:
         storage: tl.constexpr = tensors.results.output.dtype.element_ty
-        publish(half, narrow(hidden, storage), rows, units, valid, tensors, numbers, LAYER)
+        publish(half, narrow(hidden, storage), dropped, rows, units, valid, tensors, numbers, LAYER)
 
 
 @triton.jit
@@ -268,7 +263,8 @@ def finish_tile(
     hidden, cell, output = finish_states(
         argument, o, candidate, previous_hidden, previous_cell, zone_hidden, zone_cell, output_mask, tensors, LAYER
     )
-    hand_on((s + 1) % 2, hidden, rows, units, valid, tensors, numbers, LAYER)
+    dropped = draw_drops(rows, units, tensors, numbers, LAYER)
+    hand_on((s + 1) % 2, hidden, dropped, rows, units, valid, tensors, numbers, LAYER)
     store_states(hidden, cell, output, rows, units, valid, position, tensors, numbers, LAYER)
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fusedreg.backends.triton.configurations import Configuration, forward_configuration
 from fusedreg.backends.triton.forward_batch import batch_step_of_units
-from fusedreg.backends.triton.forward_cell import publish
+from fusedreg.backends.triton.forward_cell import draw_drops, publish
 from fusedreg.backends.triton.forward_persistent import persistent_kernel
 from fusedreg.backends.triton.forward_projection import projection_kernel
 from fusedreg.backends.triton.forward_rows import step_of_rows
@@ -40,7 +40,8 @@ def start_kernel(  # type: ignore[no-untyped-def]
     inside = present[:, None] & (units < LAYER.projected_size)[None, :]
     at = (rows.to(tl.int64) * LAYER.projected_size)[:, None] + units[None, :]
     hidden = tl.load(tensors.results.final_hidden + at, mask=inside, other=0.0)
-    publish(0, hidden, rows, units, present, tensors, numbers, LAYER)
+    dropped = draw_drops(rows, units, tensors, numbers, LAYER)
+    publish(0, hidden, dropped, rows, units, present, tensors, numbers, LAYER)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fusedreg.backends.triton.forward_cell import (
+    draw_drops,
     draw_masks,
     finish_hidden,
     load_hidden,
@@ -64,5 +65,6 @@ def projection_kernel(s, tensors, numbers, LAYER: tl.constexpr, BLOCK: tl.conste
     hidden = zoned(zone_hidden, previous, candidate)
     hidden, output = finish_hidden(hidden, candidate, output_mask, tensors, LAYER)
     storage: tl.constexpr = tensors.results.output.dtype.element_ty
-    publish((s + 1) % 2, narrow(hidden, storage), rows, units, valid, tensors, numbers, LAYER)
+    dropped = draw_drops(rows, units, tensors, numbers, LAYER)
+    publish((s + 1) % 2, narrow(hidden, storage), dropped, rows, units, valid, tensors, numbers, LAYER)
     store_hidden(hidden, output, rows, units, valid, position, tensors, numbers, LAYER)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from fusedreg.backends.triton.forward_cell import (
+    draw_drops,
     draw_masks,
     finish_states,
     hand_on,
@@ -36,20 +37,8 @@ from fusedreg.backends.triton.forward_norm import (
 )
 from fusedreg.backends.triton.jit_cell import begin_cell
 from fusedreg.backends.triton.jit_grid import arrive, wait_for
-from fusedreg.backends.triton.jit_storage import dot
+from fusedreg.backends.triton.jit_storage import dot, sum_of_pieces, tile_columns
 from fusedreg.backends.triton.jit_tile import UNTIED
-
-
-@triton.jit
-def tile_columns(first_column, BLOCK: tl.constexpr):
-    """The columns of a tile: in one piece, or ``(split, ·)``, a piece for each warp."""
-    if BLOCK.split > 1:
-        # A sum of two ranges and not one range reshaped: so the compiler sees what is adjacent.
-        piece: tl.constexpr = BLOCK.columns // BLOCK.split
-        columns = first_column + (tl.arange(0, BLOCK.split) * piece)[:, None] + tl.arange(0, piece)[None, :]
-    else:
-        columns = first_column + tl.arange(0, BLOCK.columns)
-    return columns
 
 
 @triton.jit
@@ -97,25 +86,28 @@ def exchanged(start, first_column, live, LAYER: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def add_products(
-    a_i, a_f, a_g, a_o, start, copy, chunk, live, w_i, w_f, w_g, w_o, LAYER: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Add the products of one tile of columns to the four gates' sums."""
-    precision: tl.constexpr = BLOCK.precision
-    h_i = exchanged(start, chunk, live, LAYER, BLOCK)
+def exchanged_copies(start, copy, first_column, live, LAYER: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of the masked ``h_{s-1}`` for each gate: the same, or with untied masks one each."""
+    h_i = exchanged(start, first_column, live, LAYER, BLOCK)
     if LAYER.hidden_dropout == UNTIED:
-        h_f = exchanged(start + copy, chunk, live, LAYER, BLOCK)
-        h_g = exchanged(start + 2 * copy, chunk, live, LAYER, BLOCK)
-        h_o = exchanged(start + 3 * copy, chunk, live, LAYER, BLOCK)
+        h_f = exchanged(start + copy, first_column, live, LAYER, BLOCK)
+        h_g = exchanged(start + 2 * copy, first_column, live, LAYER, BLOCK)
+        h_o = exchanged(start + 3 * copy, first_column, live, LAYER, BLOCK)
     else:
         h_f = h_i
         h_g = h_i
         h_o = h_i
+    return h_i, h_f, h_g, h_o
+
+
+@triton.jit
+def add_products(a_i, a_f, a_g, a_o, h, w_i, w_f, w_g, w_o, PRECISION: tl.constexpr):
+    """Add the products of one tile of columns to the four gates' sums."""
     return (
-        dot(h_i, w_i, a_i, precision),
-        dot(h_f, w_f, a_f, precision),
-        dot(h_g, w_g, a_g, precision),
-        dot(h_o, w_o, a_o, precision),
+        dot(h[0], w_i, a_i, PRECISION),
+        dot(h[1], w_f, a_f, PRECISION),
+        dot(h[2], w_g, a_g, PRECISION),
+        dot(h[3], w_o, a_o, PRECISION),
     )
 
 
@@ -134,27 +126,28 @@ def recurrent_product(s, rows, units, live, tiles, tensors, numbers, LAYER: tl.c
     a_f = a_i
     a_g = a_i
     a_o = a_i
+    precision: tl.constexpr = BLOCK.precision
     if BLOCK.resident:
         chunks: tl.constexpr = (depth + BLOCK.columns - 1) // BLOCK.columns
+        coming = exchanged_copies(start, copy, 0, live, LAYER, BLOCK)
         for index in tl.static_range(chunks):
-            a_i, a_f, a_g, a_o = add_products(
-                a_i, a_f, a_g, a_o, start, copy, index * BLOCK.columns, live,
-                tiles[4 * index], tiles[4 * index + 1], tiles[4 * index + 2], tiles[4 * index + 3], LAYER, BLOCK,
-            )  # fmt: skip
+            h = coming
+            if index + 1 < chunks:  # asked for before the product of the tile before it
+                coming = exchanged_copies(start, copy, (index + 1) * BLOCK.columns, live, LAYER, BLOCK)
+            w_i, w_f, w_g, w_o = tiles[4 * index], tiles[4 * index + 1], tiles[4 * index + 2], tiles[4 * index + 3]
+            a_i, a_f, a_g, a_o = add_products(a_i, a_f, a_g, a_o, h, w_i, w_f, w_g, w_o, precision)
     else:
         for chunk in range(0, depth, BLOCK.columns):
             w_i = load_weight(0, units, chunk, tensors, LAYER, BLOCK)
             w_f = load_weight(1, units, chunk, tensors, LAYER, BLOCK)
             w_g = load_weight(2, units, chunk, tensors, LAYER, BLOCK)
             w_o = load_weight(3, units, chunk, tensors, LAYER, BLOCK)
-            a_i, a_f, a_g, a_o = add_products(
-                a_i, a_f, a_g, a_o, start, copy, chunk, live, w_i, w_f, w_g, w_o, LAYER, BLOCK
-            )
-    if split > 1:
-        a_i = tl.sum(a_i, 0)
-        a_f = tl.sum(a_f, 0)
-        a_g = tl.sum(a_g, 0)
-        a_o = tl.sum(a_o, 0)
+            h = exchanged_copies(start, copy, chunk, live, LAYER, BLOCK)
+            a_i, a_f, a_g, a_o = add_products(a_i, a_f, a_g, a_o, h, w_i, w_f, w_g, w_o, precision)
+    a_i = sum_of_pieces(a_i, split)
+    a_f = sum_of_pieces(a_f, split)
+    a_g = sum_of_pieces(a_g, split)
+    a_o = sum_of_pieces(a_o, split)
     scale = numbers.rates.recurrent_scale
     return a_i * scale, a_f * scale, a_g * scale, a_o * scale
 
@@ -205,6 +198,7 @@ def step_of_units(
         z_i, z_f, z_g, z_o = load_terms(rows, units, valid, position, tensors, numbers, LAYER)
         previous_hidden, previous_cell = load_states(rows, units, valid, resets, tensors, LAYER)
         zone_hidden, zone_cell, update, cell, output = draw_masks(rows, units, position, tensors, numbers, LAYER)
+        dropped = draw_drops(rows, units, tensors, numbers, LAYER)
         if BLOCK.persistent:
             if first == first_row:
                 wait_for(arrivals, target)
@@ -226,7 +220,7 @@ def step_of_units(
         hidden, new_cell, output = finish_states(
             argument, o, candidate, previous_hidden, previous_cell, zone_hidden, zone_cell, output, tensors, LAYER
         )
-        hand_on((s + 1) % 2, hidden, rows, units, valid, tensors, numbers, LAYER)
+        hand_on((s + 1) % 2, hidden, dropped, rows, units, valid, tensors, numbers, LAYER)
         first += BLOCK.rows
         if BLOCK.persistent:
             # The others wait for h alone: count this program in before everything else is written.

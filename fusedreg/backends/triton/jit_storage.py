@@ -30,6 +30,41 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def tile_columns(first_column, BLOCK: tl.constexpr):
+    """The columns of a tile: in one piece, or ``(split, ·)``, a piece for each warp."""
+    if BLOCK.split > 1:
+        # A sum of two ranges and not one range reshaped: so the compiler sees what is adjacent.
+        piece: tl.constexpr = BLOCK.columns // BLOCK.split
+        columns = first_column + (tl.arange(0, BLOCK.split) * piece)[:, None] + tl.arange(0, piece)[None, :]
+    else:
+        columns = first_column + tl.arange(0, BLOCK.columns)
+    return columns
+
+
+@triton.jit
+def sum_of_pieces(pieces, SPLIT: tl.constexpr):
+    """The sum of a product that ``SPLIT`` warps have a piece each of, ``(split, rows, units)``: 2, 4 or 8; 1 is whole.
+
+    By pairs, and not by ``tl.sum``: that leaves the whole sum with every warp, each of which would then do all of what
+    follows; a pair has to be one thread's, which shares the elements out between the warps again.
+    """
+    total = pieces
+    if SPLIT > 1:
+        rows: tl.constexpr = pieces.shape[1]
+        units: tl.constexpr = pieces.shape[2]
+        total = tl.permute(total, (1, 2, 0))
+        if SPLIT == 8:
+            low, high = tl.split(tl.reshape(total, (rows, units, 4, 2)))
+            total = low + high
+        if SPLIT >= 4:
+            low, high = tl.split(tl.reshape(total, (rows, units, 2, 2)))
+            total = low + high
+        low, high = tl.split(total)
+        total = low + high
+    return total
+
+
+@triton.jit
 def keep_activation(value, IS_TANH: tl.constexpr, FIXED: tl.constexpr):
     """A gate as it is saved: as it is, or (``FIXED``, beside 16-bit inputs) in 16-bit fixed point with a mark for NaN.
 

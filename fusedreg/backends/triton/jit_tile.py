@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedreg.backends.triton.jit_masks import SEQUENCE, WEIGHT, family_words, is_below, row_key, step_words
+from fusedreg.backends.triton.jit_masks import (
+    SEQUENCE,
+    UNTIED_HIDDEN,
+    WEIGHT,
+    family_words,
+    is_below,
+    row_key,
+    step_words,
+)
 
 DRAWN: tl.constexpr = tl.constexpr(1)
 EXPECTED: tl.constexpr = tl.constexpr(2)
@@ -121,6 +129,25 @@ def tile_masks(rows, units, position, seed, sizes, rates, LAYER: tl.constexpr):
     if LAYER.cell_dropout == EXPECTED:
         cell = blank + rates.cell_expectation
     return zone_hidden, zone_cell, update, cell, output
+
+
+@triton.jit
+def hidden_drops(rows, units, seed, sizes, rates, LAYER: tl.constexpr):
+    """What hidden dropout drops of a tile of ``h``: a bit a gate, or one where masks are tied.
+
+    Not the words themselves, which would take four registers from before a wait until after it.
+    """
+    dropped = tl.zeros([rows.shape[0], units.shape[0]], tl.int32)
+    if LAYER.hidden_dropout != 0:
+        key0, key1, row, _ = row_counters(rows, seed, sizes, LAYER)
+        if LAYER.hidden_dropout == UNTIED:
+            words = family_words(units[None, :], row, UNTIED_HIDDEN, rates.stream, key0, key1)
+            for gate in tl.static_range(4):
+                dropped += is_below(words[gate], rates.hidden_threshold).to(tl.int32) << gate
+        else:
+            words = family_words(units[None, :], row, SEQUENCE, rates.stream, key0, key1)
+            dropped += is_below(words[0], rates.hidden_threshold).to(tl.int32)
+    return dropped
 
 
 @triton.jit

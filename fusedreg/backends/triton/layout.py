@@ -93,7 +93,8 @@ class LoopInputs(NamedTuple):
 
     ``weight_hh (4H, P)`` is masked, not scaled. ``input_terms (T, B, 4H)`` float32, by position, is ``N_r(r)``, with
     anything in padding. ``bias (4H,)`` float32 is the sum of both biases and of a layer norm's two shifts, so that
-    ``z = gain ⊙ (a - mean) / std + input_terms + bias``. The running statistics are a batch norm's.
+    ``z = gain ⊙ (a - mean) / std + input_terms + bias``. The running statistics are a batch norm's. The backward's loop
+    has both weights turned around, ``(P, 4H)`` and ``(H, P)``: what its products add up over stands side by side.
     """
 
     seed: Any
