@@ -196,6 +196,7 @@ def _measure_case(case: Case, preset: Preset, dtype_name: str, dtype: torch.dtyp
         "num_layers": case.num_layers,
         "bidirectional": case.bidirectional,
         "reset_rate": case.reset_rate,
+        "initial_state": case.initial_state,
         "forward_gflop": case.forward_flops / 1e9,
         "fma_gflops": statistics.median(measurement.fma_rates) if measurement.fma_rates else None,
         "checks": {

@@ -13,6 +13,7 @@ from benchmarks.registry import (
     ALL,
     ALL_NORM,
     BATCH_NORM,
+    CALL_CASES,
     CASES,
     COMPILED_ALL,
     EAGER_ALL,
@@ -93,6 +94,8 @@ REGULARIZER_CASES: tuple[Case, ...] = tuple(
 )
 
 
+CALLS: tuple[Comparison, ...] = (Comparison(PLAIN, TORCH, "inference"), Comparison(PLAIN, TORCH, "training"))
+
 # ``(T, B, H)`` of the loop alone: sizes that are bound by arithmetic, from a weight of 4 MB to one of 16 MB.
 LOOP_SIZES: tuple[tuple[int, int, int], ...] = ((64, 32, 512), (64, 64, 512), (32, 64, 1024))
 
@@ -125,6 +128,7 @@ class Preset:
     ``backend`` is fusedreg's; ``""`` is the one that is named as the device. ``character_model``: end with it.
     ``check_width``: above this many units a regularised layer is checked at a smaller width (``None``: never).
     ``loop_sizes``: ``(T, B, H)`` at which the loop alone is timed. ``cases``: what is run where no case is named.
+    ``threads``: of torch and of the kernels; ``None``: torch's own choice.
     """
 
     name: str
@@ -142,6 +146,7 @@ class Preset:
     check_width: int | None = None
     loop_sizes: tuple[tuple[int, int, int], ...] = ()
     cases: tuple[Case, ...] = CASES
+    threads: int | None = None
 
 
 PRESETS: dict[str, Preset] = {
@@ -159,6 +164,18 @@ PRESETS: dict[str, Preset] = {
             memory=False,
             check_width=256,
             cases=REGULARIZER_CASES,
+        ),
+        Preset(
+            "cpu-calls",
+            "cpu",
+            "full",
+            CALLS,
+            seconds=20.0,
+            minimum_rounds=31,
+            maximum_rounds=201,
+            memory=False,
+            cases=CALL_CASES,
+            threads=1,
         ),
         Preset("gpu", "cuda", "full", GPU, GPU_DTYPES, seconds=10.0, minimum_rounds=5, check_width=256),
         Preset("gpu-quick", "cuda", "full", GPU_QUICK, GPU_DTYPES[:2], seconds=2.0, check_width=256),

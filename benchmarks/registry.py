@@ -20,8 +20,9 @@ class Case:
     """One workload: ``steps`` (T), ``batch_size`` (B), ``input_size`` (I), ``hidden_size`` (H).
 
     ``reset_rate`` is the chance that a row's state is zeroed before a step (episodes that end inside a batch);
-    ``torch.nn.LSTM`` has no such thing and runs without. ``short_steps`` and ``short_batch_size`` are the sizes on
-    a CPU: long enough that what is paid once a call (packing the weights, the weight mask) stays a small part.
+    ``torch.nn.LSTM`` has no such thing and runs without. ``initial_state``: whether states are passed.
+    ``short_steps`` and ``short_batch_size`` are the sizes on a CPU: long enough that what is paid once a call (packing
+    the weights, the weight mask) stays a small part.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     num_layers: int = 1
     bidirectional: bool = False
     reset_rate: float = 0.0
+    initial_state: bool = False
     short_steps: int | None = None
     short_batch_size: int | None = None
 
@@ -176,6 +178,21 @@ CASES: tuple[Case, ...] = (
         short_steps=12,
         short_batch_size=32,
     ),
+)
+
+# What a call costs besides its arithmetic.
+CALL_CASES: tuple[Case, ...] = tuple(
+    Case(
+        "tiny-states" if initial_state else "tiny",
+        "a step of one row with 16 units: a small policy that chooses one action"
+        + (", its states passed" if initial_state else ""),
+        steps=1,
+        batch_size=1,
+        input_size=16,
+        hidden_size=16,
+        initial_state=initial_state,
+    )
+    for initial_state in (False, True)
 )
 
 

@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--base", type=Path, metavar="RESULTS", help="compare with an earlier file")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the ratios into this folder")
-    parser.add_argument("--threads", type=int, help="threads of torch and of the kernels (default: torch's own choice)")
+    parser.add_argument("--threads", type=int, help="of torch and of the kernels (default: the preset's or torch's)")
     parser.add_argument("--seconds", type=float, help="time for the pairs of each case (default: the preset's)")
     parser.add_argument("--backend", default="", help="fusedreg's backend (default: the device's own kernels)")
     parser.add_argument(
@@ -187,8 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if torch.device(preset.device).type == "cuda" and not torch.cuda.is_available():
         console.print(f"error: preset {preset.name!r} needs a CUDA device, torch sees none: try --preset cpu")
         return 2
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    threads = preset.threads if options.threads is None else options.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
     if options.seconds is not None:
         preset = replace(preset, seconds=options.seconds)
     preset = replace(preset, backend=options.backend, dtypes=dtypes)

@@ -84,6 +84,16 @@ def cpu_targets(results: Results) -> list[Target]:
     ]
 
 
+def call_targets(results: Results) -> list[Target]:
+    """What a call of a tiny model may cost, evaluated on ``results``."""
+    inference = ratios(results, "plain", "nn.LSTM", "inference")
+    training = ratios(results, "plain", "nn.LSTM", "training")
+    return [
+        _target("plain / nn.LSTM, T = B = 1, H = 16, inference", 0.5, inference, max, every=True),
+        _target("plain / nn.LSTM, T = B = 1, H = 16, forward + backward", 1.0, training, max, every=True),
+    ]
+
+
 def _of(
     results: Results, column: tuple[str, str, str], dtype: str, fits: Callable[[dict[str, Any]], bool]
 ) -> dict[str, float]:
@@ -141,7 +151,9 @@ def gpu_targets(results: Results) -> list[Target]:
 
 
 def targets(results: Results) -> list[Target]:
-    """The targets of the device that ``results`` were measured on."""
+    """The targets of the preset, or of the device that ``results`` were measured on."""
+    if results["preset"] == "cpu-calls":
+        return call_targets(results)
     return cpu_targets(results) if results["machine"]["device_type"] == "cpu" else gpu_targets(results)
 
 

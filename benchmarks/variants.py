@@ -26,11 +26,20 @@ class Unavailable(Exception):  # noqa: N818  (an outcome, not an error)
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one case: ``values (T, B, I)``, ``grad_output (T, B, D·H)``, ``reset (T, B)`` or ``None``."""
+    """The tensors of one case: ``values (T, B, I)``, ``grad_output (T, B, D·H)``, ``reset (T, B)`` or ``None``.
+
+    ``state``: ``h_0`` and ``c_0``, ``(L·D, B, H)`` each, where they are passed.
+    """
 
     values: Tensor
     grad_output: Tensor
     reset: Tensor | None
+    state: tuple[Tensor, Tensor] | None = None
+
+    def double(self) -> Inputs:
+        """The same numbers in float64, without resets."""
+        state = None if self.state is None else (self.state[0].double(), self.state[1].double())
+        return Inputs(self.values.detach().double().requires_grad_(), self.grad_output.double(), None, state)
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,8 @@ class Runnable:
         """The output sequence; records a graph if gradients are on."""
         if self.takes_reset and self.inputs.reset is not None:
             keywords["reset"] = self.inputs.reset
-        output = self.module(self.inputs.values, **keywords)[0]
+        state = () if self.inputs.state is None else (self.inputs.state,)
+        output = self.module(self.inputs.values, *state, **keywords)[0]
         assert isinstance(output, Tensor)
         return output
 
@@ -96,7 +106,12 @@ def make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int = 0) -> I
     reset = None
     if case.reset_rate > 0.0:
         reset = (torch.rand(case.steps, case.batch_size, generator=generator) < case.reset_rate).to(device)
-    return Inputs(values.to(device, dtype).requires_grad_(), grad_output.to(device, dtype), reset)
+    state = None
+    if case.initial_state:
+        shape = (case.num_layers * case.directions, case.batch_size, case.hidden_size)
+        hidden, cell = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+        state = hidden, cell
+    return Inputs(values.to(device, dtype).requires_grad_(), grad_output.to(device, dtype), reset, state)
 
 
 def fusedreg_class(name: str) -> Any:

@@ -57,8 +57,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 def expand(markdown: str) -> str:
     """The text of a page with its comments replaced."""
-    made = {"cost": cost_table, "readme": readme_section, "file": root_file}
-    return re.sub(r"^<!-- (cost|readme|file): (.*?) -->$", lambda m: made[m[1]](m[2]), markdown, flags=re.MULTILINE)
+    made = {"cost": cost_table, "ratios": ratio_table, "readme": readme_section, "file": root_file}
+    comment = rf"^<!-- ({'|'.join(made)}): (.*?) -->$"
+    return re.sub(comment, lambda match: made[match[1]](match[2]), markdown, flags=re.MULTILINE)
 
 
 def cost_table(names: str) -> str:
@@ -80,6 +81,17 @@ def cost_table(names: str) -> str:
         return "Not measured yet."
     lead = "Time of a forward and backward pass with it, over the time without (median of pairs, compared in one run):"
     return f"{lead}\n\n" + "\n\n".join(parts)
+
+
+def ratio_table(kind: str) -> str:
+    """The ratios of the results that are named ``…-<kind>.json``, one table a machine."""
+    from benchmarks import tables
+    from benchmarks.report import heading
+    from benchmarks.results import load
+
+    found = [load(path) for path in sorted((ROOT / "benchmarks" / "results").glob(f"*-{kind}.json"))]
+    parts = [f"{tables.ratio_table(results).markdown()}\n\n{heading(results)}" for results in found]
+    return "\n\n".join(parts) or "Not measured yet."
 
 
 def _unlinked(text: str) -> str:

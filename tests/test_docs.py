@@ -116,7 +116,7 @@ def test_every_regulariser_has_a_page() -> None:
 def test_what_is_inserted_exists() -> None:
     hooks = load_hooks()
     for page in PAGES:
-        for kind, name in re.findall(r"^<!-- (cost|readme|file): (.*?) -->$", page.read_text(), re.MULTILINE):
+        for kind, name in re.findall(r"^<!-- (cost|ratios|readme|file): (.*?) -->$", page.read_text(), re.MULTILINE):
             assert len(hooks.expand(f"<!-- {kind}: {name} -->")) > 10, f"{page}: {kind} {name}"
             if kind == "cost":
                 known = {variant.name for variant in (*SINGLE, ALL)}
