@@ -200,6 +200,38 @@ def test_on_a_gpu_that_is_not_there(
 
 
 @compiled
+@pytest.mark.compile
+@pytest.mark.usefixtures("cuda_autocast")
+@pytest.mark.skipif(torch.version.cuda is None, reason="not run: a torch with CUDA, for the views of its fake tensors")
+def test_a_graph_for_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced for export: masks are drawn on the device, and every layer gets autocast's type."""
+    monkeypatch.setattr(backends.cuda, "load", lambda: backends.Availability(True))
+    monkeypatch.setattr(backends.cuda, "_too_old", lambda index: "")
+
+    class Policy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = fusedreg.LSTM(3, 4, 2, backend="cuda", zoneout_cell=0.2, device="meta")
+            self.cell = fusedreg.LSTMCell(4, 4, backend="cuda", device="meta")
+            for module in (self.lstm, self.cell):
+                for name, parameter in module.named_parameters():
+                    setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device="cuda")))
+
+        def forward(self, input: Tensor) -> Any:
+            return self.cell(self.lstm(input).output[0])
+
+    with FakeTensorMode():
+        program = torch.export.export(Policy(), (torch.empty(5, 2, 3, device="cuda"),), strict=True)
+    layers = [node for node in program.graph.nodes if "lstm_layer_forward" in str(node.target)]
+    (seed,) = [node for node in program.graph.nodes if "draw_seed" in str(node.target)]
+    assert len(layers) == 3
+    for node in layers:
+        assert [value.dtype for value in node.meta["val"][:3]] == [BRAIN, BRAIN, SINGLE]
+        assert {value.device.type for value in node.meta["val"]} == {"cuda"}
+    assert seed.meta["val"].device.type == "cuda"
+
+
+@compiled
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE, DOUBLE], ids=str)
 def test_the_operators_on_a_gpu_that_is_not_there(dtype: torch.dtype) -> None:
     """Forward and backward on fake tensors: everything stays on the device; the cells are wide."""
