@@ -38,6 +38,7 @@
 namespace fusedreg::cuda {
 
 constexpr uint64_t kLongestWait = 20ull * 1000 * 1000000;  // nanoseconds
+constexpr uint32_t kPollsPerTime = 256;
 
 // Indices of threads are opaque() inside: these functions are called once a step, and what they compute is not to be
 // kept from step to step in registers that a product could use.
@@ -212,14 +213,18 @@ class Exchange {
     const uint32_t* const flag = flags_ + block * kFlagWords;
     // The acquire orders the loads of what was published after it. Flags only grow: a faster block is ahead.
     uint32_t seen = load_acquire(flag);
-    if (reached(seen)) return;
-    const uint64_t begin = timer_nanoseconds();
-    while (!reached(seen)) {
-      if (timer_nanoseconds() - begin > kLongestWait) {
-        stop(
-            "20 seconds passed at an exchange: blocks are not all resident, or one has stopped. This block, the one "
-            "waited for, publications expected and seen:",
-            own_, block, published_, seen);
+    uint64_t begin = 0;
+    for (uint32_t polls = 1; !reached(seen); ++polls) {
+      // The timer is asked seldom: what it costs is not known, and a poll that finds the flag late delays every block.
+      if (polls % kPollsPerTime == 0) {
+        const uint64_t now = timer_nanoseconds();
+        if (begin == 0) begin = now;
+        if (now - begin > kLongestWait) {
+          stop(
+              "20 seconds passed at an exchange: blocks are not all resident, or one has stopped. This block, the one "
+              "waited for, publications expected and seen:",
+              own_, block, published_, seen);
+        }
       }
       seen = load_acquire(flag);
     }

@@ -100,7 +100,6 @@ class ResidentProduct {
  public:
   using Storage = typename Mode::Storage;
   static constexpr int kColumns = NT * 8;
-  static constexpr int kPartialStride = ProductSizes::partial_stride(kColumns);
 
   static constexpr size_t shared_bytes(int most_chunks, int copies) {
     return ProductSizes::fragment_bytes(kColumns, RC, most_chunks) +
@@ -142,11 +141,11 @@ class ResidentProduct {
     }
   }
 
-  // Rows first_row ... first_row + 16 tiles - 1 of the source, to partials[warp][row - first_row][n]. A warp without
-  // chunks leaves zeros.
+  // Rows first_row ... first_row + 16 tiles - 1 of the source, to partials[warp][row - first_row][n], in places that
+  // partial() knows. A warp without chunks leaves zeros.
   template <class Source>
   FUSEDREG_DEVICE void multiply(const Source& source, int first_row, int tiles, float* partials, int partial_rows) {
-    float* own = partials + warp_index() * partial_rows * kPartialStride;
+    float* own = partials + warp_index() * partial_rows * kColumns;
     if constexpr (Mode::kMatrixInstructions && NT % 4 == 0) {
       // Gate by gate, each from its own copy.
       if (source.copies > 1) return multiply_parts<4>(source, first_row, tiles, own);
@@ -165,7 +164,8 @@ class ResidentProduct {
   }
   // One warp's share of it, where the warps' shares have masks of their own.
   FUSEDREG_DEVICE static float partial(const float* partials, int partial_rows, int warp, int row, int n) {
-    return partials[static_cast<size_t>(warp * partial_rows + row) * kPartialStride + n];
+    const int place = row * kColumns + (n ^ ProductSizes::partial_swizzle(kColumns, row));
+    return partials[warp * partial_rows * kColumns + place];
   }
 
  private:
@@ -243,7 +243,7 @@ class ResidentProduct {
     fetch_ahead(ahead, source, first_row, 0);
     for (int tile = 0; tile < tiles; ++tile) {
       multiply_tile<0, kOfParts>(source, first_row + tile * kTileRows, tile + 1 == tiles,
-                                 own + tile * kTileRows * kPartialStride, ahead);
+                                 own + tile * kTileRows * kColumns, ahead);
     }
   }
   template <int kPart, int kOfParts, class Source>
@@ -283,7 +283,7 @@ class ResidentProduct {
         fetch_next(c, j);
       }
     }
-    leave(sums, own + kPart * kTiles * 8);
+    leave(sums, kPart * kTiles, own);
     if constexpr (!kLastPart) multiply_tile<kPart + 1, kOfParts>(source, row, last_tile, own, ahead);
   }
 
@@ -351,18 +351,23 @@ class ResidentProduct {
     for (int j = 0; j < 4; ++j) total += float_of(a.word[j]) * float_of(b.word[j]);
   }
 
+  // Two sums next to each other, left by one instruction.
+  struct alignas(8) Pair {
+    float first, second;
+  };
+  // From n-tile `first` of the tile's partials on.
   template <int kTiles>
-  FUSEDREG_DEVICE static void leave(const MatrixSums<kTiles>& sums, float* tile) {
-    float* const own = tile + lane() / 4 * kPartialStride + lane() % 4 * 2;
+  FUSEDREG_DEVICE static void leave(const MatrixSums<kTiles>& sums, int first, float* tile) {
+    const int row = lane() / 4, swizzle = ProductSizes::partial_swizzle(kColumns, row);
+    float* const own = tile + row * kColumns + lane() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      own[i * 8] = sums.value[i][0];
-      own[i * 8 + 1] = sums.value[i][1];
-      own[8 * kPartialStride + i * 8] = sums.value[i][2];
-      own[8 * kPartialStride + i * 8 + 1] = sums.value[i][3];
+      float* const to = own + ((first + i) * 8 ^ swizzle);
+      *reinterpret_cast<Pair*>(to) = {sums.value[i][0], sums.value[i][1]};
+      *reinterpret_cast<Pair*>(to + 8 * kColumns) = {sums.value[i][2], sums.value[i][3]};
     }
   }
-  FUSEDREG_DEVICE static void leave(const LaneSums& sums, float* tile) {
+  FUSEDREG_DEVICE static void leave(const LaneSums& sums, int, float* tile) {
 #pragma unroll
     for (int r = 0; r < kTileRows; ++r) {
 #pragma unroll
@@ -372,7 +377,8 @@ class ResidentProduct {
         for (int mask = 32 / kSplit; mask < 32; mask *= 2) total += shuffle_xor(total, mask);
         // Lanes that share a column have the same total; each writes its part of the rows.
         if (kSplit == 1 || r % kSplit == lane() / kColumns) {
-          tile[r * kPartialStride + (NT < 4 ? lane() % kColumns : column * 32 + lane())] = total;
+          const int n = NT < 4 ? lane() % kColumns : column * 32 + lane();
+          tile[r * kColumns + (n ^ ProductSizes::partial_swizzle(kColumns, r))] = total;
         }
       }
     }

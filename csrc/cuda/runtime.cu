@@ -144,7 +144,10 @@ int resident_clusters_of(const void* kernel, const char* pretty, int threads, si
   config.numAttrs = 1;
   int clusters = 0;
   const cudaError_t answer = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  if (answer == cudaErrorInvalidClusterSize) {
+  // The ways to say that no such cluster can be had; anything else is a failure of something before.
+  for (const cudaError_t refusal : {cudaErrorInvalidClusterSize, cudaErrorInvalidConfiguration, cudaErrorInvalidValue,
+                                    cudaErrorLaunchOutOfResources, cudaErrorNotSupported}) {
+    if (answer != refusal) continue;
     cudaGetLastError();
     return 0;
   }
