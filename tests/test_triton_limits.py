@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import pkgutil
 from dataclasses import replace
 from typing import Any
@@ -158,3 +159,31 @@ def test_tiles_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
             for persistent in (False, True):
                 assert configurations.forward_configuration(made, persistent=persistent).block.units >= 16
                 assert backward_configuration(made, activated=False, persistent=persistent).block.units >= 16
+
+
+@pytest.mark.parametrize("device", [(108, 163 * 1024), (132, 227 * 1024)], ids=["A100", "H200"])
+def test_products_are_deep_enough_and_held_weights_fit(
+    device: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product takes 16 columns at least, of each warp; beside what is held, two tiles are on their way."""
+    monkeypatch.setattr(configurations, "device_limits", lambda of: configurations.Device(*device))
+    monkeypatch.setattr(configurations, "allows_tf32", lambda: True)
+    held = set()
+    for name, dtype, hidden_size in itertools.product(
+        ("none", "everything_untied"), (torch.float32, torch.bfloat16), (1, 5, 20, 100, 544, 700, 1024, 1250, 1376)
+    ):
+        case = case_of(name, hidden_size=hidden_size, dtype=dtype)
+        copies = 4 if "untied" in name else 1
+        for rows in (1, 20, 300):
+            made = make_layer((*without_values(case, rows), *encode_options(case.options, SAVE_GATES)))
+            forward = configurations.forward_configuration(made).block
+            backward = backward_configuration(made, activated=True, persistent=True).block
+            for block, depth, tiles in ((forward, hidden_size, 4), (backward, 4 * hidden_size // copies, copies)):
+                assert block.columns // block.split >= 16, block
+                padded = -(-depth // block.columns) * block.columns
+                coming = min(2, padded // block.columns) * block.rows * block.columns
+                coming *= copies if block is forward else 1
+                if block.resident:
+                    held.add((block is forward, dtype))
+                    assert (tiles * block.units * padded + coming) * dtype.itemsize <= device[1], (hidden_size, block)
+    assert len(held) == 4

@@ -133,7 +133,7 @@ def _held_columns(layer: Layer, rows: int, units: int, precision: str, shared_by
     if size == 4 and precision == "ieee":
         return 0
     columns = max(_TILE_BYTES // (rows * size), power_of_two(-(-gates * depth // _MOST_TILES)))
-    columns = min(columns, power_of_two(depth))
+    columns = min(columns, max(16, power_of_two(depth)))  # 16 is the least that a product takes
     while columns > 64 and -(-depth // columns) * columns > configurations.PADDING * depth:
         columns //= 2
     held = gates * units * -(-depth // columns) * columns + 2 * rows * columns
