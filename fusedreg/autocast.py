@@ -57,9 +57,12 @@ def autocast(input: Any, hx: Any, layers: Sequence[LayerParameters], *, of_cell:
 
     given = data.dtype
     narrow = cast(data).dtype
-    if isinstance(hx, (tuple, list)) and len(hx) == 2 and isinstance(hx[1], Tensor):
-        given = hx[1].dtype
-        hx = cast(hx[0]), cast(hx[1], torch.promote_types(given, dtype))
+    if isinstance(hx, (tuple, list)) and len(hx) == 2:
+        cell = hx[1]
+        if isinstance(cell, Tensor):
+            given = cell.dtype
+            cell = cast(cell, torch.promote_types(given, dtype))
+        hx = cast(hx[0]), cell
     kind: Kind = "padded"
     if of_cell:
         kind = "cell"

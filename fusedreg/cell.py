@@ -266,7 +266,7 @@ class LSTMCell(RegularizedModule):
         if not return_output:
             cell_checks.check_output_is_asked_for(options)
         shape = cell_checks.check_input(input, self.input_size, parameters.weight_ih)
-        hidden, cell = (None, None) if hx is None else cell_checks.check_state(hx, self.hidden_size, input)
+        hidden, cell = (None, None) if hx is None else cell_checks.check_state(hx, shape, self.hidden_size, input)
         if reset is not None:
             reset = cell_checks.check_reset(reset, input).view(1, -1)
         batched = len(shape) == 2

@@ -84,13 +84,13 @@ def check_input(input: Any, input_size: int, weight: Tensor) -> tuple[int, ...]:
     return shape
 
 
-def check_state(hx: Any, hidden_size: int, input: Tensor) -> tuple[Tensor, Tensor]:
-    """Check ``(h, c)``, each of the input's shape with ``hidden_size`` in place of the features.
+def check_state(hx: Any, shape: tuple[int, ...], hidden_size: int, input: Tensor) -> tuple[Tensor, Tensor]:
+    """Check ``(h, c)``, each of the input's ``shape`` with ``hidden_size`` in place of the features.
 
     Raises:
         InputTypeError: not a pair of tensors. InputError: wrong shape, type or device.
     """
-    expected = (*input.shape[:-1], hidden_size)
+    expected = (hidden_size,) if len(shape) == 1 else (shape[0], hidden_size)
     if type(hx) is tuple and len(hx) == 2 and are_states(hx[0], hx[1], (expected, expected), input):
         return hx
     if isinstance(hx, Tensor) or not isinstance(hx, Sequence) or len(hx) != 2:
@@ -101,7 +101,7 @@ def check_state(hx: Any, hidden_size: int, input: Tensor) -> tuple[Tensor, Tenso
             raise InputTypeError(f"hx: expected {name} to be a tensor, got {type(state).__name__}; pass None for zeros")
         if state.shape != expected:
             raise InputError(
-                f"hx: expected {name} of shape {tuple(expected)}, got {tuple(state.shape)}; a cell's states have no "
+                f"hx: expected {name} of shape {expected}, got {tuple(state.shape)}; a cell's states have no "
                 f"dimension of layers"
             )
         check_state_type(name, state, input, is_cell=name == "c")

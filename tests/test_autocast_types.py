@@ -109,6 +109,14 @@ def test_a_carried_cell_is_not_rounded() -> None:
         assert cell(input[0], (torch.zeros(5, 4), large))[1].isfinite().all()
 
 
+def test_a_bad_state_is_named_as_without_autocast() -> None:
+    with torch.autocast("cpu", BRAIN):
+        with pytest.raises(TypeError, match="expected c to be a tensor, got int"):
+            fusedreg.LSTMCell(3, 4)(torch.zeros(2, 3), (torch.zeros(2, 4), 3))
+        with pytest.raises(ValueError, match=r"expected c of shape \(2, 4\), got \(2, 5\)"):
+            fusedreg.LSTMCell(3, 4)(torch.zeros(2, 3), (torch.zeros(2, 4), torch.zeros(2, 5)))
+
+
 def test_float64_is_left_alone() -> None:
     for kind in KINDS:
         with torch.autocast("cpu", BRAIN):
