@@ -29,7 +29,7 @@ def test_the_phases_and_their_limits(tmp_path: Path) -> None:
     every = gpu.phases(tmp_path, "gpu-quick")
     names = [one.name for one in every]
     assert names[:2] == ["machine", "build"]
-    assert set(gpu.BY_DEFAULT) == set(names) - {"sweep"}
+    assert set(gpu.BY_DEFAULT) == set(names) - {"quick", "sweep"}
     assert [one.name for one in gpu.choose(None, [], every)] == list(gpu.BY_DEFAULT)
     chosen = gpu.choose("build,tests,sweep", ["tests=3", "tests-cuda=4", "sweep=10"], every)
     assert {one.name: one.minutes for one in chosen} == {
@@ -41,6 +41,8 @@ def test_the_phases_and_their_limits(tmp_path: Path) -> None:
         "tests-triton": 3,
         "sweep": 10,
     }
+    (quick,) = gpu.choose("quick", [], every)
+    assert "gpu and not slow" in quick.command and "FUSEDREG_GPU_TARGET" not in quick.environment
     assert chosen[-1].command[-2:] == ("--minutes", "8.5"), "a measurement ends by itself before it is ended"
     assert chosen[0].environment == {"FUSEDREG_CUDA": "1"}
     for wrong in ("tests,flight", "machine"):

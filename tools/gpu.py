@@ -3,6 +3,7 @@
     make gpu                                        in the checkout's own environment
     make gpu SETUP=0 PYTHON=python3                 offline, with the torch that is installed
     python3 tools/gpu.py --phases build,tests       some of it
+    python3 tools/gpu.py --phases machine,quick     with what is built already, every target's tests but the slow ones
     python3 tools/gpu.py --limit benchmarks=9       other limits of time, in minutes
 
 Each phase runs in a process of its own, is ended when its time is up, and is reported whatever becomes of the others;
@@ -81,7 +82,7 @@ def cuda_tool(name: str) -> str:
 
 
 def phases(output: Path, preset: str) -> list[Phase]:
-    """All phases in their order; the last ones are run only where they are asked for by name."""
+    """All phases in their order; those not in ``BY_DEFAULT`` are run only where they are asked for by name."""
     python = sys.executable
     # pytest-benchmark, where it is installed, complains of several processes.
     pytest = (python, "-m", "pytest", "-p", "no:benchmark")
@@ -93,6 +94,9 @@ def phases(output: Path, preset: str) -> list[Phase]:
         junit = f"tests-{target}.xml"
         command = (*pytest, "-m", "gpu", "tests/gpu", "--durations=5", *workers(), f"--junitxml={output / junit}")
         found.append(Phase(f"tests-{target}", command, 10, {"FUSEDREG_GPU_TARGET": target}, junit=junit))
+    # Of all targets in one session of pytest, whose truths are then computed once: for a short time with a GPU.
+    command = (*pytest, "-m", "gpu and not slow", "tests/gpu", "--durations=5", *workers())
+    found.append(Phase("quick", (*command, f"--junitxml={output / 'quick.xml'}"), 9, junit="quick.xml"))
     for tool in ("memcheck", "racecheck"):
         junit = f"{tool}.xml"
         # Without torch's cache of blocks each tensor is an allocation of its own, so that memcheck sees its ends.
@@ -115,7 +119,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="tools/gpu.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu", help="where results and logs go")
-    parser.add_argument("--phases", help=f"comma-separated, 'tests' for all tests-*: {', '.join(BY_DEFAULT)}, sweep")
+    parser.add_argument(
+        "--phases", help=f"comma-separated, 'tests' for all tests-*: {', '.join(BY_DEFAULT)}, quick, sweep"
+    )
     parser.add_argument("--limit", action="append", default=[], metavar="PHASE=MINUTES", help="other limits of time")
     parser.add_argument("--preset", default="gpu", help="of the benchmarks: gpu, or gpu-quick")
     return parser.parse_args(arguments)

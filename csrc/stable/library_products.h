@@ -50,8 +50,18 @@ class LibraryProducts final : public cuda::Products {
     const std::array<int64_t, 3> sizes{matrix.count, matrix.rows, matrix.columns};
     const std::array<int64_t, 3> strides{matrix.count_stride, matrix.row_stride, matrix.column_stride};
     const size_t first = matrix.count == 1 ? 1 : 0;
-    return torch::stable::from_blob(const_cast<void*>(matrix.data), {sizes.data() + first, 3 - first},
-                                    {strides.data() + first, 3 - first}, device_, type_of(matrix.type));
+    // Not by torch::stable::from_blob: in torch 2.11 what it calls passes over a refusal, and leaves the handle as it
+    // was.
+    AtenTensorHandle handle = nullptr;
+    const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type_of(matrix.type)));
+    const auto device = torch::stable::detail::to<int32_t>(torch::stable::detail::from(device_.type()));
+    if (aoti_torch_create_tensor_from_blob(const_cast<void*>(matrix.data), static_cast<int64_t>(3 - first),
+                                           sizes.data() + first, strides.data() + first, /*storage_offset=*/0, type,
+                                           device, device_.index(), &handle) != TORCH_SUCCESS) {
+      fail("fusedreg: torch takes no ", matrix.rows, " x ", matrix.columns, " matrix at ", matrix.data,
+           " for one of the device of input; torch has printed why");
+    }
+    return Tensor(handle);
   }
 
   static Tensor widened(const Tensor& tensor) {
