@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from emulated_cuda import emulated, use
 from helpers import REGULARIZERS, compiled
 from test_registration import BACKWARD_ARGUMENTS, FORWARD_ARGUMENTS, faked, layout
 from torch import Tensor
@@ -16,6 +15,8 @@ from torch.library import opcheck
 from fusedreg import encoding
 from fusedreg.layer import REVERSE
 from fusedreg.testing import LayerCase, make_arguments
+
+pytestmark = compiled
 
 MODELS = 3
 SMALL = {"steps": 4, "rows": 3, "input_size": 2, "hidden_size": 5}
@@ -39,15 +40,12 @@ def pair_of(namespace: str, name: str = "lstm_layer") -> Pair:
 
 
 CPU = "fusedreg"
-EMULATED = "fusedreg_emulated"
-BOTH = [pytest.param(CPU, marks=compiled), pytest.param(EMULATED, marks=emulated)]
 
 
-@pytest.fixture(params=BOTH)
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """The compiled operators, then CUDA's on the emulated device."""
-    with use("auto"):
-        yield pair_of(request.param)
+@pytest.fixture
+def pair() -> Pair:
+    """The operators under test; ``test_cuda_models.py`` runs the tests that take it with another pair."""
+    return pair_of(CPU)
 
 
 def case_of(name: str, **changes: Any) -> LayerCase:
@@ -104,7 +102,6 @@ def check_both(pair: Pair, case: LayerCase, save: int = encoding.SAVE_GATES, mod
 # ---- One call against a loop -------------------------------------------------------------------------------------
 
 
-@compiled
 @pytest.mark.parametrize("name", REGULARIZERS)
 def test_every_regularizer(name: str) -> None:
     check_both(pair_of(CPU), case_of(name))
@@ -112,22 +109,6 @@ def test_every_regularizer(name: str) -> None:
     check_both(pair_of(CPU), case_of(name, training=False))
 
 
-@emulated
-@pytest.mark.parametrize(
-    ("tier", "name", "changes"),
-    [
-        ("step", "everything", FULL),
-        ("step", "everything_batch_norm", {"dtype": torch.bfloat16}),
-        ("auto", "everything_untied", {"dtype": torch.bfloat16}),
-        ("auto", "everything_layer_norm", {"ragged": True}),
-    ],
-)
-def test_every_kind_of_loop_on_an_emulated_device(tier: str, name: str, changes: dict[str, Any]) -> None:
-    with use(tier):
-        check_both(pair_of(EMULATED), case_of(name, steps=3, **changes), models=2)
-
-
-@compiled
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_types(dtype: torch.dtype) -> None:
     """A model's results may begin anywhere: here at odd numbers of 16-bit elements."""
@@ -210,7 +191,6 @@ def test_models_without_rows(pair: Pair) -> None:
     assert not any(result.any() for result in results)
 
 
-@compiled
 @pytest.mark.parametrize("models", [3, 9])
 @pytest.mark.parametrize("name", ["everything", "everything_batch_norm"])
 def test_results_do_not_depend_on_threads(name: str, models: int) -> None:
@@ -307,7 +287,6 @@ def test_inputs_of_other_ranks_are_refused(pair: Pair) -> None:
     refused(pair.forward, every | {"input": every["input"][0]}, "weight_hh: expected shape")
 
 
-@compiled
 def test_values_of_every_model_are_checked() -> None:
     """What is read from a tensor and used as an index, in the last model alone."""
     forward = pair_of(CPU).forward
@@ -325,7 +304,6 @@ def test_values_of_every_model_are_checked() -> None:
 # ---- As torch sees them ------------------------------------------------------------------------------------------
 
 
-@compiled
 @pytest.mark.parametrize("save", ["nothing", *SAVES])
 @pytest.mark.parametrize("name", ["none", "zoneout_candidate", "batch_norm", "batch_norm_sequence", "layer_norm"])
 def test_fakes_are_what_comes(name: str, save: str) -> None:
@@ -344,7 +322,6 @@ def test_fakes_are_what_comes(name: str, save: str) -> None:
             assert faked(pair.backward, every) == layout(pair.backward(*every.values()))
 
 
-@compiled
 def test_opcheck() -> None:
     pair, case = pair_of(CPU), case_of("everything_batch_norm")
     forwards = [forward_arguments(case, encoding.SAVE_GATES, seed) for seed in range(MODELS)]
@@ -358,7 +335,6 @@ def test_opcheck() -> None:
     opcheck(pair.backward, list(together(backwards).values()))
 
 
-@compiled
 @pytest.mark.parametrize("name", ["everything_batch_norm", "layer_norm"])
 def test_derivatives_of_the_operator(name: str) -> None:
     """First and second ones, of an operator called directly: those of a loop over the models."""

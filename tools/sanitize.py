@@ -33,6 +33,7 @@ KERNEL_TESTS = [
     "tests/test_registration.py",
     "tests/test_parity.py",
     "tests/test_memory_safety.py",
+    "tests/test_models.py",
     "tests/test_threads.py",
     "tests/test_peer_errors.py",
     "tests/test_random_options.py",
