@@ -168,7 +168,10 @@ class _Translation:
         """By position into processed order, or back again: padding stays where it is."""
         if not self.reverse:
             return values
-        lengths = op.Expand(self.steps, self.rows) if self.lengths is None else self.lengths
+        if self.lengths is None:
+            lengths = op.Expand(self.steps, self.rows)
+        else:  # one step turned round is none; rows of length 0 onnxruntime 1.23 leaves undefined
+            lengths = op.Max(self.lengths, self.integers(1))
         return op.ReverseSequence(values, lengths, batch_axis=1, time_axis=0)
 
     def _affine(self, site: str, index: str) -> tuple[Any, Any]:
