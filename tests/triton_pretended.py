@@ -148,7 +148,7 @@ def unordered(ptx: str) -> list[str]:
     for line in ptx.splitlines():
         if "bar.sync" in line:
             stored = acquired = False
-        elif re.search(r"(atom|red)\.global", line):
+        elif re.search(r"\b(atom|red)\.global", line):
             if ".gpu.release." not in line or stored:
                 faults.append(line.strip())
         elif ".gpu.acquire." in line:

@@ -88,7 +88,7 @@ def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | 
     # Warps that have no rows of their own in the product split its columns.
     small = tile_rows <= 32 and not (dtype == torch.float32 and precision == "ieee")
     held = 0
-    if persistent and tiles <= present:
+    if persistent and tiles <= present and tile_rows <= 32:  # with more rows, most of what is read is da
         held = _held_columns(layer, tile_rows, tile_units, precision, limits.shared_bytes)
     columns = held or min(_columns(dtype, precision, tile_rows * tile_units, warps if small else 0), wide)
     block = BackwardBlock(
