@@ -91,6 +91,10 @@ def test_an_input_and_states_in_common(kind: str) -> None:
     with expect_calls("forward", "backward"):
         ours = grad(total, argnums=(0, 1))(x, state)
     close(ours, grad(looped, argnums=(0, 1))(x, state))
+    leaf = x.clone().requires_grad_()  # autograd outside of vmap, as a training step has it
+    with expect_calls("forward", "backward"):
+        total(leaf, state).backward()
+    close(leaf.grad, ours[0])
 
 
 def test_layers_and_directions() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fusedreg
 import fusedreg.onnx
+from fusedreg.encoding import NUMBER_OF_TENSORS, SAVE_NOTHING, encode_options
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -128,6 +129,40 @@ def test_both_sides_compute_the_same(name: str, tmp_path: Path) -> None:
         for result, value in zip(results, expected, strict=True):
             tolerance = 1e-12 if value.dtype == torch.float64 else 1e-5
             torch.testing.assert_close(torch.from_numpy(result), value, rtol=tolerance, atol=tolerance)
+
+
+class Ensemble(nn.Module):
+    """Two models over one input, by the operator itself: torch does not export a ``vmap`` of it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        models = [fusedreg.LSTM(3, 4, **options).eval() for _ in range(2)]
+        self.weights, _ = torch.func.stack_module_state(models)  # type: ignore[arg-type]
+        self.encoded = encode_options(models[0].regularization.layer_options(0, 1, 0, training=False), SAVE_NOTHING)
+
+    def forward(self, input: Tensor) -> Tensor:
+        tensors = [input.expand(2, *input.shape), *(value.detach() for value in self.weights.values())]
+        absent = [None] * (NUMBER_OF_TENSORS - len(tensors))
+        return torch.ops.fusedreg.lstm_layer_forward(*tensors, *absent, *self.encoded)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("options", "kind"), [({}, "LSTM"), ({"zoneout_cell": 0.3}, "Loop")])
+def test_an_ensemble_is_a_node_a_model(options: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    ensemble, path = Ensemble(**options), tmp_path / "model.onnx"
+    exported: Any = torch.onnx.export(
+        ensemble,
+        (torch.randn(5, 2, 3),),
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=({0: "T", 1: "B"},),
+        custom_translation_table=fusedreg.onnx.translations(),
+    )
+    exported.save(str(path))
+    assert [node.op_type for node in exported.model.graph].count(kind) == 2
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    input = torch.randn(7, 3, 3)
+    (result,) = session.run(None, {session.get_inputs()[0].name: input.numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), ensemble(input), rtol=1e-5, atol=1e-5)
 
 
 def refusal(error: BaseException) -> str:

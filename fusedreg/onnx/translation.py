@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -27,27 +28,53 @@ def layer(*arguments: Any) -> tuple[Any, ...]:
     """``fusedreg::lstm_layer_forward`` by ONNX operators."""
     tensors = dict(zip(TENSOR_ARGUMENTS, arguments[:NUMBER_OF_TENSORS], strict=True))
     rates, options, norm_eps = arguments[NUMBER_OF_TENSORS:]
-    return _Translation(tensors, dict(zip(RATE_NAMES, rates, strict=True)), options, norm_eps).results()
+    *models, gates, output_size = (int(size) for size in tensors["weight_hh"].shape)
+    translated = functools.partial(
+        _Translation,
+        rates=dict(zip(RATE_NAMES, rates, strict=True)),
+        options=options,
+        norm_eps=norm_eps,
+        dtype_name=tensors["input"].dtype.name,
+        sizes=(gates // 4, output_size),
+    )
+    if not models:
+        return translated(tensors).results()
+    each = [translated(_of_model(tensors, model)).results() for model in range(*models)]
+    front = op.Constant(value_ints=[0])
+    return tuple(op.Concat(*(op.Unsqueeze(part, front) for part in parts), axis=0) for parts in zip(*each, strict=True))
+
+
+def _of_model(tensors: dict[str, Any], model: int) -> dict[str, Any]:
+    """One model's tensors, out of those that have an axis of models in front."""
+    chosen = op.Constant(value_int=model)
+    return {name: None if value is None else op.Gather(value, chosen, axis=0) for name, value in tensors.items()}
 
 
 class _Translation:
     """One layer in one direction, while its graph is recorded."""
 
     def __init__(
-        self, tensors: dict[str, Any], rates: dict[str, float], options: Sequence[int], norm_eps: float
+        self,
+        tensors: dict[str, Any],
+        *,
+        rates: dict[str, float],
+        options: Sequence[int],
+        norm_eps: float,
+        dtype_name: str,
+        sizes: tuple[int, int],
     ) -> None:
         self.tensors, self.rates, self.norm_eps = tensors, rates, norm_eps
         self.reverse, training, self.candidate = bool(options[1]), options[2], bool(options[6])
         self.kind, self.sites, self.return_cells = options[7], options[8:11], bool(options[12])
-        self.dtype = {"FLOAT": numpy.float32, "DOUBLE": numpy.float64}.get(tensors["input"].dtype.name)
+        self.dtype = {"FLOAT": numpy.float32, "DOUBLE": numpy.float64}.get(dtype_name)
         if training:
             raise ValueError(_IN_TRAINING)
         if self.dtype is None:
             raise ValueError(
-                f"ONNX export: expected float32 or float64, got {tensors['input'].dtype.name}; export model.float() "
-                f"and convert the ONNX file"
+                f"ONNX export: expected float32 or float64, got {dtype_name}; export model.float() and convert the "
+                f"ONNX file"
             )
-        self.hidden_size, self.output_size = int(tensors["weight_hh"].shape[0]) // 4, int(tensors["weight_hh"].shape[1])
+        self.hidden_size, self.output_size = sizes
 
     def number(self, value: float) -> Any:
         """A constant of the layer's type, unrounded."""
