@@ -164,6 +164,30 @@ def test_torch_func(backend: Target) -> None:
         torch.testing.assert_close(torch.func.grad(loss)(x), gradient)
 
 
+@pytest.mark.parametrize("name", ["everything", "batch_norm"])
+def test_an_ensemble_is_its_members(backend: Target, name: str) -> None:
+    """Weights, and a batch norm's statistics, of each member's own: models of one call."""
+    members = [make(backend, name) for _ in range(3)]
+    for number, member in enumerate(members):
+        torch.manual_seed(number)
+        member.reset_parameters()
+    xs = torch.stack([inputs(4, 3) for _ in members])
+    parameters, buffers = torch.func.stack_module_state(members)
+
+    def output(own: dict[str, Tensor], statistics: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(members[0], (own, statistics), (x,), {"seed": 7})[0]
+
+    stacked = torch.vmap(output)(parameters, buffers, xs)
+    gradients = torch.autograd.grad(stacked.square().sum(), list(parameters.values()))
+    for number, (member, x) in enumerate(zip(members, xs, strict=True)):
+        alone, _ = member(x, seed=7)
+        assert torch.equal(alone, stacked[number])
+        expected = torch.autograd.grad(alone.square().sum(), list(member.parameters()))
+        assert equal([gradient[number] for gradient in gradients], list(expected))
+        for key, value in member.named_buffers():
+            torch.testing.assert_close(buffers[key][number], value)
+
+
 # ---- The device itself -------------------------------------------------------------------------------------------
 
 
