@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, transfer_parametrizations_and_params
 
 from fusedreg.cell import LSTMCell
+from fusedreg.cell_checks import check_output_is_asked_for
 from fusedreg.conversion import cell_without_weights, without_weights
 from fusedreg.modules import LSTM
 
@@ -70,9 +71,9 @@ def replace_lstms(
     :class:`fusedreg.LSTMCell`, in place.
 
     The parameters are the same objects, so that an optimiser made before goes on, and so are weights that several
-    modules share. Hooks, parametrisations, the mode and the state dict's names go along, and a module that stands under
-    several names is one afterwards too. Either every module is replaced that was not to be skipped, or none is and an
-    error names those that cannot be.
+    modules share. Hooks, parametrisations, attributes that the program has set, the mode and the state dict's names go
+    along, and a module that stands under several names is one afterwards too. Either every module is replaced that was
+    not to be skipped, or none is and an error names those that cannot be.
 
     Args:
         model: is changed. Where it is an ``nn.LSTM`` or ``nn.LSTMCell`` itself there is nothing to put another one
@@ -88,9 +89,10 @@ def replace_lstms(
 
     Raises:
         ValueError: some module cannot be replaced (it is of a class derived from torch's, it is scripted, its weights
-            are changed by an old-style ``weight_norm`` or by pruning, a hyperparameter is out of range, an option is
-            not one of a cell, a norm would have to be parametrised), a name to be skipped is not there, or ``model``
-            is such a module itself. Nothing has been changed then. TypeError: ``model`` is no module.
+            are changed by an old-style ``weight_norm`` or by pruning, it has buffers, modules or methods that torch's
+            has not, a hyperparameter is out of range, an option is not one of a cell or gives it an output besides
+            ``h``, a norm would have to be parametrised), a name to be skipped is not there, or ``model`` is such a
+            module itself. Nothing has been changed then. TypeError: ``model`` is no module.
 
     Example:
         >>> import torch, fusedreg
@@ -161,9 +163,23 @@ def _torch_class(module: TorchModule) -> type[TorchModule]:
 
 
 def _without_weights(module: TorchModule, options: Mapping[str, Any]) -> LSTM | LSTMCell:
+    result: LSTM | LSTMCell
     if isinstance(module, nn.LSTM):
-        return without_weights(LSTM, module, options)
-    return cell_without_weights(LSTMCell, module, options)
+        result = without_weights(LSTM, module, options)
+    else:
+        result = cell_without_weights(LSTMCell, module, options)
+        # Its program calls it as nn.LSTMCell is called, and so will not ask for an output besides h.
+        check_output_is_asked_for(result.regularization.layer_options(0, 1, 0, True, False, False))
+    torchs = _torch_class(module)
+    if taken := [name for name in _attributes(module) if hasattr(result, name) and not hasattr(torchs, name)]:
+        raise ValueError(f"its attribute {taken[0]} means something else here; give it another name")
+    return result
+
+
+def _attributes(module: TorchModule) -> dict[str, Any]:
+    """What a program has put on the module that torch does not."""
+    plain = _torch_class(module)(1, 1, device="meta")
+    return {name: value for name, value in module.__dict__.items() if name not in plain.__dict__}
 
 
 def _reason_against(module: TorchModule) -> str | None:
@@ -185,11 +201,19 @@ def _reason_against(module: TorchModule) -> str | None:
             "torch.nn.utils.weight_norm or pruning: undo that first (remove_weight_norm, prune.remove), or use "
             "torch.nn.utils.parametrizations"
         )
+    if added := sorted({*module._buffers, *module._modules} - {"parametrizations"}):
+        return f"it has buffers or modules that nn.{torchs.__name__} has not ({', '.join(added)}): move them elsewhere"
+    # What to flatten is nothing here, so that may be somebody's own.
+    if own_methods := [name for name in _attributes(module) if hasattr(torchs, name) and name != "flatten_parameters"]:
+        return (
+            f"its {own_methods[0]} is not nn.{torchs.__name__}'s own, as after .compile() or another library's "
+            "wrapper: undo that first, and do it again afterwards"
+        )
     return None
 
 
 def _move(module: TorchModule, result: LSTM | LSTMCell) -> None:
-    """Hand the parameters, parametrisations and hooks over."""
+    """Hand the parameters, parametrisations, hooks and a program's own attributes over."""
     for name in module._parameters:
         result._parameters[name] = module._parameters[name]
     if is_parametrized(module):
@@ -197,6 +221,7 @@ def _move(module: TorchModule, result: LSTM | LSTMCell) -> None:
     for name in _HOOKS:
         if name in module.__dict__:
             result.__dict__[name] = module.__dict__[name]
+    result.__dict__.update(_attributes(module))
 
 
 def _move_parametrizations(module: TorchModule, result: LSTM | LSTMCell) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -173,6 +175,16 @@ def test_hooks_go_along_and_their_handles_still_remove_them() -> None:
     assert seen == []
 
 
+def test_attributes_of_the_program_go_along() -> None:
+    model: Any = nn.Sequential(nn.LSTM(3, 4))
+    model[0].owner = ["a program"]
+    model[0].flatten_parameters = lambda: "nothing to do"
+    owner = model[0].owner
+    fusedreg.replace_lstms(model)
+    assert model[0].owner is owner
+    assert model[0].flatten_parameters() == "nothing to do"
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["spectral_norm", "weight_norm", "orthogonal"])
 def test_parametrisations_go_along(name: str, training: bool) -> None:
@@ -215,6 +227,11 @@ def weight_normed() -> Any:
         return torch.nn.utils.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
 
 
+def with_more(module: nn.Module, change: Callable[[Any], object]) -> nn.Module:
+    change(module)
+    return module
+
+
 REFUSED: dict[str, Any] = {
     "is derived from nn.LSTM": lambda: Derived(3, 4),
     "weight_hh_l0_g.*remove_weight_norm": weight_normed,
@@ -222,6 +239,21 @@ REFUSED: dict[str, Any] = {
     "dropout": lambda: nn.LSTM(3, 4, 2, dropout=1.0),
     "is derived from nn.LSTMCell": lambda: DerivedCell(3, 4),
     "nn.LSTMCell's own.*weight_hh_orig.*prune.remove": lambda: prune.identity(nn.LSTMCell(3, 4), "weight_hh"),
+    "buffers or modules that nn.LSTM has not .own.": lambda: with_more(
+        nn.LSTM(3, 4), lambda module: module.register_buffer("own", torch.zeros(1))
+    ),
+    "buffers or modules that nn.LSTMCell has not .head.": lambda: with_more(
+        nn.LSTMCell(3, 4), lambda module: module.add_module("head", nn.Linear(4, 1))
+    ),
+    "its forward is not nn.LSTM's own": lambda: with_more(
+        nn.LSTM(3, 4), lambda module: setattr(module, "forward", functools.partial(module.forward))
+    ),
+    "its _compiled_call_impl is not nn.LSTM's own.*compile": lambda: with_more(
+        nn.LSTM(3, 4), lambda module: module.compile()
+    ),
+    "its attribute recompute means something else": lambda: with_more(
+        nn.LSTM(3, 4), lambda module: setattr(module, "recompute", "weekly")
+    ),
 }
 
 
@@ -245,6 +277,9 @@ def test_bad_arguments() -> None:
     between_layers = {"regularization": fusedreg.Regularization(dropout=0.5)}
     with pytest.raises(ValueError, match=r"1: dropout: expected 0 for a cell"):
         fusedreg.replace_lstms(nn.Sequential(nn.LSTM(3, 4, 2), nn.LSTMCell(3, 4)), between_layers)
+    for own_output in ({"output_dropout": 0.5}, {"zoneout_hidden": 0.5, "zoneout_output": "candidate"}):
+        with pytest.raises(ValueError, match=r"1: return_output: expected True with (output_dropout|zoneout_output)"):
+            fusedreg.replace_lstms(nn.Sequential(nn.LSTM(3, 4), nn.LSTMCell(3, 4)), own_output)
     with pytest.raises(
         ValueError, match=r"skip: expected names of nn\.LSTM or nn\.LSTMCell modules, got \['x'\]; there are \['0'\]"
     ):
