@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 
 from fusedreg import batching
 from fusedreg.encoding import (
@@ -124,7 +124,12 @@ class _Operator(torch.autograd.Function):
         """As ``autograd.Function.apply``, of positional arguments without defaults."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*arguments)  # type: ignore[no-untyped-call]
-        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(arguments))  # type: ignore[misc]
+        # Most arguments are None, and of those torch's own way asks whether they are tensors: two microseconds more.
+        alive = [
+            unwrap_if_dead(argument) if argument is not None and isinstance(argument, Tensor) else argument
+            for argument in arguments
+        ]
+        return super(torch.autograd.Function, cls).apply(*alive)  # type: ignore[misc]
 
 
 def _forward_function(operators: Operators) -> type[_Operator]:
