@@ -32,7 +32,21 @@ def _draw(device: torch.device, rank: int = 0, generator: torch.Generator | None
 
 
 def _draw_fake(device: torch.device, rank: int = 0) -> Tensor:
+    _keep_draws_apart()
     return torch.empty((), dtype=torch.int64, device=device)
+
+
+def _keep_draws_apart() -> None:
+    """Tell the compiler that two draws are two numbers; called whenever one is traced.
+
+    In a graph with a backward it makes one of calls that look the same. It spares the operators of a list, and does
+    not look at the tag that says the same of others. Imported here, so that only compiled code depends on it.
+    """
+    from torch._functorch import compile_utils
+
+    random_operators: list[Any] = compile_utils.rand_ops
+    if torch.ops.fusedreg.draw_seed not in random_operators:
+        random_operators.append(torch.ops.fusedreg.draw_seed)
 
 
 def _draw_under_vmap(device: torch.device, rank: int = 0) -> Tensor:

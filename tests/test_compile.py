@@ -142,6 +142,28 @@ def test_the_seed_drawn_is_eagers() -> None:
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_draws_in_a_graph_with_a_backward_are_as_many_as_in_eager_code(backend: str) -> None:
+    """The compiler makes one of calls that look the same: not of these."""
+    module, cell, weight = make(zoneout_cell=0.4), fusedreg.LSTMCell(3, 4, update_dropout=0.5), torch.ones(3)
+    weight.requires_grad_()
+
+    def draws(x: Tensor) -> tuple[Tensor, ...]:
+        thrice = torch.stack([module(x * weight)[0] for _ in range(3)])
+        steps = torch.stack([cell(x[0] * weight)[0] for _ in range(3)])
+        own = torch.vmap(lambda x: module(x)[0], randomness="different")((x * weight).expand(3, *x.shape))
+        return thrice, steps, own
+
+    input = torch.randn(5, 2, 3)
+    torch.manual_seed(9)
+    found = torch.compile(draws, backend=backend, fullgraph=True)(input)
+    torch.manual_seed(9)
+    for ours, expected in zip(found, draws(input), strict=True):
+        torch.testing.assert_close(ours, expected)
+        assert not any(torch.equal(ours[one], ours[two]) for one, two in ((0, 1), (1, 2), (0, 2)))
+        ours.sum().backward(retain_graph=True)
+
+
 def test_seeds_that_are_ints() -> None:
     """A new int each call does not compile anew each time."""
     module = make(zoneout_cell=0.4)
