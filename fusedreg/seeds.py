@@ -17,7 +17,8 @@ _RANK_STRIDE = 0x9E3779B97F4A7C15
 
 # Any: torch.library has no types of its own.
 _library: Any = torch.library.__dict__["Library"]("fusedreg", "FRAGMENT")
-_library.define("draw_seed(Device device, int rank=0) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+# The device by name: where a checkpointed region is compiled, torch looks for it there to keep the generator's state.
+_library.define("draw_seed(*, Device device, int rank=0) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
 def wrap_to_int64(value: int) -> int:
@@ -83,7 +84,7 @@ torch.library.register_fake("fusedreg::draw_seed", _draw_fake, lib=_library)
 
 
 def _call(device: torch.device, rank: int) -> Tensor:
-    seed: Tensor = torch.ops.fusedreg.draw_seed.default(device, rank)
+    seed: Tensor = torch.ops.fusedreg.draw_seed.default(device=device, rank=rank)
     return seed
 
 

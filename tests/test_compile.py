@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 from helpers import compiled
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fusedreg
 from fusedreg import BatchNorm, LayerNorm, Regularization
@@ -162,6 +163,28 @@ def test_draws_in_a_graph_with_a_backward_are_as_many_as_in_eager_code(backend: 
         torch.testing.assert_close(ours, expected)
         assert not any(torch.equal(ours[one], ours[two]) for one, two in ((0, 1), (1, 2), (0, 2)))
         ours.sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_checkpointing_inside_draws_the_same_masks_again(backend: str) -> None:
+    """The compiler keeps the generator's state of the draw; a module's ``last_seed`` is what it has to be told of."""
+    module = make(zoneout_cell=0.4, weight_dropout=0.3)
+
+    def function(x: Tensor) -> Tensor:
+        output: Tensor = checkpoint(lambda x: module(x)[0], x, use_reentrant=False)
+        return output
+
+    input = torch.randn(5, 2, 3, requires_grad=True)
+    torch.manual_seed(9)
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        output = torch.compile(function, backend=backend, fullgraph=True)(input)
+    torch.manual_seed(9)
+    expected = module(input)[0]
+    torch.testing.assert_close(output, expected)
+    leaves = [input, *module.parameters()]
+    gradients = (torch.autograd.grad(value.sum(), leaves) for value in (output, expected))
+    for ours, own in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, own)
 
 
 def test_seeds_that_are_ints() -> None:

@@ -55,9 +55,9 @@ def test_compiled_code_draws_what_eager_code_draws() -> None:
 
 
 def test_the_operator_passes_opcheck() -> None:
-    arguments = (torch.device("cpu"), 1)
+    arguments = {"device": torch.device("cpu"), "rank": 1}
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.fusedreg.draw_seed.default, arguments, test_utils=utilities)
+    torch.library.opcheck(torch.ops.fusedreg.draw_seed.default, (), arguments, test_utils=utilities)
     assert torch.Tag.nondeterministic_seeded in torch.ops.fusedreg.draw_seed.default.tags
 
 
