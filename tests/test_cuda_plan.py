@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +120,37 @@ def test_the_reason_says_why(
 def test_a_projection_is_the_step_tiers() -> None:
     for reason in reasons(H200, torch.bfloat16, 16, 256, proj_size=64):
         assert reason == "step: a projection (H = 256 to P = 64) has no kernel but that of this tier"
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("name", "dtype", "precision", "largest"),
+    [
+        ("bfloat16, float16", torch.bfloat16, "highest", 512),
+        ("TF32", torch.float32, "high", 448),
+        ("float32", torch.float32, "highest", 384),
+    ],
+)
+def test_the_largest_layers_of_a_cluster(name: str, dtype: torch.dtype, precision: str, largest: int) -> None:
+    """As docs/cuda.md has them: that one runs, forward and backward, and the next one does not."""
+    assert f"| {name} | 256 | {largest} |\n" in (Path(__file__).parents[1] / "docs" / "cuda.md").read_text()
+    assert all("cluster: " in reason for reason in reasons(H200, dtype, 4, 256))
+
+    def run(hidden_size: int) -> None:
+        case = LayerCase("large", 1, 4, 1, hidden_size, dtype=dtype, return_cells=False)
+        given = arguments_of(case, 0)
+        given.parameters.weight_hh.requires_grad_()
+        lstm_layer(*given[:4], case.options).output.float().sum().backward()
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with use("cluster", H200):
+            run(largest)
+            with pytest.raises(RuntimeError, match='"cluster" was asked for and cannot run'):
+                run(largest + 8)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 SLICE = DeviceLimits(4, 227 * 1024, 9, 0)  # of a device that has clusters
