@@ -163,12 +163,18 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @compiled
 @linux
 def test_wheel(tree: Path) -> None:
-    folder = tree.parent / "wheel"
+    folder, log = tree.parent / "wheel", tree.parent / "wheel.log"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    pip += ["--log", str(log)]
     build = [*pip, "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "-w", folder, "."]
     # What this checkout has is built again, from the same object files.
     environment = {**os.environ, "FUSEDREG_CUDA": "1" if CUDA_LIBRARY.exists() else "0"}
     subprocess.run([str(part) for part in build], cwd=tree, env=environment, check=True, capture_output=True)
+    told = log.read_text()
+    assert "fusedreg build summary" in told
+    assert re.search(r"CPU extension: _cpu\.abi3\.so, \d+ KiB, ", told)
+    built = r"CUDA extension: _cuda\.abi3\.so, \d+ KiB, nvcc [\d.]+, compute capabilities "
+    assert re.search(built if CUDA_LIBRARY.exists() else r"CUDA extension: not built \(FUSEDREG_CUDA=0\)", told)
     (wheel,) = folder.glob("*.whl")
     assert re.fullmatch(rf"fusedreg-{re.escape(fusedreg.__version__)}-cp310-abi3-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as members:
