@@ -113,7 +113,7 @@ def test_every_kernel_is_among_them(target: str) -> None:
 
 
 def test_the_table_of_the_many_is_of_these_kernels() -> None:
-    """docs/triton_kernels.csv is made by hand, in ten minutes: here it is read."""
+    """docs/triton_kernels.csv is made by hand, in twenty minutes: here it is read."""
     with triton_compile.TABLE.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["case"] for row in rows} <= set(MANY)

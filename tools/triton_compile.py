@@ -4,7 +4,7 @@ What is compiled are the layers of tests/triton_cases.py, each forward and backw
 a table of registers, spills, shared memory and compile times, a line a kernel; printed is its summary. Fails where a
 kernel does not compile, asks for more shared memory than there is, or is compiled again for a call of another size.
 
-    python tools/triton_compile.py                      all of it: ten minutes of one core
+    python tools/triton_compile.py                      all of it: twenty minutes of one core
     python tools/triton_compile.py --targets 90 --only layer_norm
 """
 
