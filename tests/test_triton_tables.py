@@ -49,22 +49,16 @@ def resized(layer: Layer, hidden_size: int, rows: int, projected_size: int) -> L
 
 
 def tiles(layer: Layer, persistent: bool | None) -> set[tuple[Any, ...]]:
-    """What forward and backward get: which kernel, its rows and units, whether weights are held, how columns are split.
-
-    In a 16-bit type all that at once. In float32 each by itself: the tile, the split, TF32 or not.
+    """What forward and backward get: which kernel, its rows and units, whether weights are held, how columns are split,
+    and how products are made.
     """
-    found: set[tuple[Any, ...]] = set()
-    for end, block in (
-        ("forward", configurations.forward_configuration(layer, persistent=persistent).block),
-        ("backward", backward_configuration(layer, activated=True, persistent=persistent).block),
-    ):
-        tile = (end, block.persistent, block.rows, block.units, block.resident)
-        found |= {tile, (end, block.persistent, "split", block.split)}
-        if layer.tensors.weight_hh.dtype == torch.float32:
-            found.add((end, block.persistent, block.resident, block.precision))
-        else:
-            found.add((*tile, "split", block.split))
-    return found
+    return {
+        (end, block.persistent, block.rows, block.units, block.resident, block.split, block.precision)
+        for end, block in (
+            ("forward", configurations.forward_configuration(layer, persistent=persistent).block),
+            ("backward", backward_configuration(layer, activated=True, persistent=persistent).block),
+        )
+    }
 
 
 def compiled(cases: Iterable[str]) -> set[tuple[Any, ...]]:

@@ -1,9 +1,9 @@
 """Which layers are compiled without a GPU: a few in every run of the tests, and all by ``make kernels``.
 
 ``name:dtype:H:B:kind:precision`` as triton_pretended.py has them. The many have every kernel, and everything that the
-tables of configurations give a call of any size in a 16-bit type (test_triton_tables.py): tiles of 16, 32 and 64 rows
-by 8, 16 and 32 units, weights that are held and weights that are read at each step, with the columns split between
-warps and without. In float32, where tiles are the same, they have some of these.
+tables of configurations give a call of any size (test_triton_tables.py): tiles of 16, 32 and 64 rows by 8, 16 and 32
+units, weights that are held and weights that are read at each step, with the columns split between warps and without,
+in a 16-bit type, in TF32 and in true float32.
 """
 
 from __future__ import annotations
@@ -39,13 +39,21 @@ _LAYERS = {
 _OTHERS = {
     "everything:bfloat16:persistent:highest": "1:16 100:32 1064:16 1064:32 1064:64 2500:16 2500:32",
     "everything:bfloat16:step:highest": "1:16 1:32 1:64 16:32 17:1024 100:512 100:1024 136:1024 2500:16 2500:32",
-    "everything:float32:persistent:high": "17:1024 2500:32",
-    "everything:float32:persistent:highest": "1:32 1064:32",
+    "everything:float32:persistent:high": "1:16 16:32 17:1024 650:32 1056:32 1056:64 1064:100 2500:16 2500:32 2500:64",
+    "everything:float32:persistent:highest": "1:32 1064:16 1064:32 1064:64 2500:16 2500:32 2500:64",
     "everything_untied:bfloat16:persistent:highest": "17:1024 650:64 1056:32 1056:64",
     "everything_batch_norm:bfloat16:persistent:highest": "1:16 1:32 1:64 16:16 16:32",
     "everything_batch_norm:bfloat16:step:highest": "1:16 1:32 1:64 2500:32",
-    "everything_batch_norm:float32:persistent:highest": "1:16 1:32",
+    "everything_batch_norm:float32:persistent:highest": "1:16 1:32 1:64",
     "everything_tied_layer_norm:bfloat16:persistent:highest": "72:512 650:16 1300:16 1300:32 2500:16 2500:32",
+    "everything:float32:step:high": "1:16 1:32 1:64 16:16 16:32 17:1024 65:1024 136:1024 1056:32 2500:16 2500:32",
+    "everything:float32:step:highest": "1:16 1:32 1:64 65:1024 136:1024 1056:32 2500:16 2500:32",
+    "everything_batch_norm:float32:persistent:high": "1:16 1:32 1:64 16:32",
+    "everything_batch_norm:float32:step:high": "1:16 1:32 1:64 33:16 33:32 2500:32",
+    "everything_batch_norm:float32:step:highest": "1:32",
+    "everything_tied_layer_norm:float32:persistent:high": "33:1024 72:512 1064:16 1064:32 2500:16 2500:32",
+    "everything_untied:float32:persistent:high": "1056:16",
+    "everything_untied_batch_norm:float32:persistent:high": "650:16 650:32",
 }
 MANY = (
     *FEW,
