@@ -54,3 +54,11 @@ def uninitialized_memory_is_poisoned() -> Iterator[None]:
     poison_uninitialized_memory()
     yield
     assert torch.are_deterministic_algorithms_enabled(), "this test switched the fill of uninitialised memory off"
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile starts with nothing compiled, and keeps nothing for the next test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

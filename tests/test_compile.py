@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,14 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fusedreg
 from fusedreg import BatchNorm, LayerNorm, Regularization
 
-pytestmark = [pytest.mark.compile, compiled]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("fresh_compiler"), compiled]
 
 
 def make(**options: Any) -> fusedreg.LSTM:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -277,13 +277,6 @@ def test_the_reference_goes_through_vmap() -> None:
             modules[0].backend = backend
             found.append(vmap(grad(lambda own, x: loss_of(modules[0], own, x, seed=7)))(parameters, inputs))  # noqa: B023
         close(*found)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.compile

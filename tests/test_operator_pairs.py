@@ -6,7 +6,7 @@ The second pair here is defined in Python, as a backend with kernels of its own 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -97,13 +97,6 @@ def test_a_gradient_that_was_not_saved_for_names_the_pair() -> None:
     results = torch.ops.fusedreg_second.lstm_layer_forward.default(*arguments)
     with pytest.raises(RuntimeError, match=r"fusedreg_second::lstm_layer_forward: expected options"):
         results[0].sum().backward()
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.compile
