@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed
@@ -19,12 +21,10 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What the ranks printed: all checks in one pair of processes, for starting one costs more than a check."""
     rendezvous = tmp_path_factory.mktemp("ranks") / "rendezvous"
     commands = [[sys.executable, str(PROGRAM), str(rank), str(rendezvous), *CHECKS] for rank in range(RANKS)]
-    ranks = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=PROGRAM.parent.parent
-        )
-        for command in commands
-    ]
+    checkout = PROGRAM.parent.parent
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": checkout}
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}  # which need not be installed
+    ranks = [subprocess.Popen(command, env=environment, **options) for command in commands]
     try:
         return [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
