@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedreg import backends, cell_checks, conversion, functional, running_statistics, validation
+from fusedreg import backends, cell_checks, conversion, functional, hyperparameters, running_statistics, validation
 from fusedreg.autocast import autocast
 from fusedreg.functional import Plan
 from fusedreg.layer import LayerParameters
@@ -128,7 +128,7 @@ class LSTMCell(RegularizedModule):
         norm: BatchNorm | LayerNorm | None = None,
     ) -> None:
         super().__init__()
-        validation.check_dtype(dtype)
+        hyperparameters.check_dtype(dtype)
         fields = Regularization(
             0.0,
             input_dropout,
@@ -145,9 +145,9 @@ class LSTMCell(RegularizedModule):
             zoneout_output,
             norm,
         )
-        chosen = validation.merge_regularization(regularization, fields)
+        chosen = hyperparameters.merge_regularization(regularization, fields)
         architecture = Architecture(input_size, hidden_size, bias=bias, norm=chosen.norm)
-        validation.check_architecture(architecture, batch_first=False)
+        hyperparameters.check_architecture(architecture, batch_first=False)
         validation.check_flag("recompute", recompute)
         backends.check_name(backend)
         self._check(chosen)

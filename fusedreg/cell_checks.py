@@ -11,9 +11,15 @@ from torch import Tensor
 from fusedreg.layer import LayerOptions
 from fusedreg.masks import WEIGHT
 from fusedreg.regularization import BatchNorm, Regularization
-from fusedreg.validation import InputError, InputTypeError, are_states, check_state_type
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from fusedreg.validation import (
+    DTYPES,
+    InputError,
+    InputTypeError,
+    are_states,
+    check_layout,
+    check_state_type,
+    wrong_type,
+)
 
 
 def check_regularization(regularization: Regularization) -> None:
@@ -60,17 +66,15 @@ def check_input(input: Any, input_size: int, weight: Tensor) -> tuple[int, ...]:
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"input: expected a tensor, got {type(input).__name__}; convert with torch.as_tensor")
+    check_layout("input", input)
     shape: tuple[int, ...] = input.shape
     if len(shape) not in (1, 2):
         raise ValueError(
             f"input: expected shape (B, {input_size}), or ({input_size},) unbatched, got {tuple(shape)}; pass "
             f"one step, or use fusedreg.LSTM for a whole sequence"
         )
-    if input.dtype != weight.dtype or input.dtype not in _DTYPES:
-        raise ValueError(
-            f"input: expected {weight.dtype}, the parameters' type, got {input.dtype}; convert with "
-            f"input.to({weight.dtype}) or cell.to({input.dtype})"
-        )
+    if input.dtype != weight.dtype or input.dtype not in DTYPES:
+        raise wrong_type(input.dtype, weight.dtype, "cell")
     if input.device != weight.device:
         raise InputError(
             f"input: expected device {weight.device}, where the parameters are, got {input.device}; move one with "
@@ -99,6 +103,7 @@ def check_state(hx: Any, shape: tuple[int, ...], hidden_size: int, input: Tensor
     for name, state in (("h", hx[0]), ("c", hx[1])):
         if not isinstance(state, Tensor):
             raise InputTypeError(f"hx: expected {name} to be a tensor, got {type(state).__name__}; pass None for zeros")
+        check_layout(f"hx: {name}", state)
         if state.shape != expected:
             raise InputError(
                 f"hx: expected {name} of shape {expected}, got {tuple(state.shape)}; a cell's states have no "
@@ -117,6 +122,7 @@ def check_reset(reset: Any, input: Tensor) -> Tensor:
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
         got = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
         raise TypeError(f"reset: expected a bool tensor, one flag a row, got {got}; convert with reset.bool()")
+    check_layout("reset", reset)
     expected = input.shape[:-1]
     if reset.dim() != len(expected) or any(a != b for a, b in zip(reset.shape, expected, strict=True)):
         raise ValueError(f"reset: expected shape {tuple(expected)}, one flag a row, got {tuple(reset.shape)}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedreg import backends, conversion, functional, running_statistics, validation
+from fusedreg import backends, conversion, functional, hyperparameters, running_statistics, validation
 from fusedreg.functional import LSTMResult, LSTMResultWithCells, Plan
 from fusedreg.layer import LayerParameters
 from fusedreg.parameters import Architecture, suffix
@@ -104,8 +104,8 @@ class LSTM(RegularizedModule):
         norm: BatchNorm | LayerNorm | None = None,
     ) -> None:
         super().__init__()
-        validation.check_dropout(dropout)
-        validation.check_dtype(dtype)
+        hyperparameters.check_dropout(dropout)
+        hyperparameters.check_dtype(dtype)
         fields = Regularization(
             dropout,
             input_dropout,
@@ -122,10 +122,10 @@ class LSTM(RegularizedModule):
             zoneout_output,
             norm,
         )
-        chosen = validation.merge_regularization(regularization, fields)
+        chosen = hyperparameters.merge_regularization(regularization, fields)
         bidirectional = bool(bidirectional)
         architecture = Architecture(input_size, hidden_size, num_layers, bias, bidirectional, proj_size, chosen.norm)
-        validation.check_architecture(architecture, batch_first)
+        hyperparameters.check_architecture(architecture, batch_first)
         validation.check_flag("recompute", recompute)
         backends.check_name(backend)
         chosen.check_layers(num_layers)

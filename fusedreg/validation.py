@@ -7,8 +7,6 @@ they are written out rather than composed.
 
 from __future__ import annotations
 
-import dataclasses
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +16,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedreg.layer import compute_dtype
 from fusedreg.parameters import Architecture
-from fusedreg.regularization import Regularization
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -52,19 +49,15 @@ def check_input(input: Any, architecture: Architecture, weight: Tensor, batch_fi
         raise TypeError(
             f"input: expected a tensor or a PackedSequence, got {type(input).__name__}; convert with torch.as_tensor"
         )
+    check_layout("input", input)
     shape: tuple[int, ...] = input.shape
     if len(shape) not in (2, 3):
         raise ValueError(
             f"input: expected 2 dimensions (T, I) or 3 {_layout(batch_first)}, got shape {tuple(shape)}; "
             f"reshape to (steps, rows, features)"
         )
-    if input.dtype != weight.dtype:
-        raise ValueError(
-            f"input: expected {weight.dtype}, the parameters' type, got {input.dtype}; convert with "
-            f"input.to({weight.dtype}) or module.to({input.dtype})"
-        )
-    if input.dtype not in _DTYPES:
-        raise ValueError(f"input: expected a real floating type, got {input.dtype}; convert the model and the input")
+    if input.dtype != weight.dtype or input.dtype not in DTYPES:
+        raise wrong_type(input.dtype, weight.dtype, "module")
     if input.device != weight.device:
         raise InputError(
             f"input: expected device {weight.device}, where the parameters are, got {input.device}; move one with "
@@ -81,6 +74,41 @@ def check_input(input: Any, architecture: Architecture, weight: Tensor, batch_fi
             f"batch_first={batch_first}"
         )
     return shape
+
+
+def check_layout(name: str, value: Tensor) -> None:
+    """Check that a tensor has one size in each dimension and a value at each place.
+
+    Raises:
+        InputError: sparse, nested, or in a library's own layout.
+    """
+    if value.layout is torch.strided and not value.is_nested:
+        return
+    if value.is_nested:
+        got = "a nested tensor"
+        remedy = "pad with torch.nested.to_padded_tensor(..., 0.0); fusedreg.LSTM takes the rows' lengths="
+    else:
+        got, remedy = f"layout {value.layout}", "convert with .to_dense()"
+    raise InputError(f"{name}: expected a dense tensor (torch.strided), got {got}; {remedy}")
+
+
+def wrong_type(got: torch.dtype, wanted: torch.dtype, model: str) -> ValueError:
+    """The error for an input that is not of the parameters' type, or where that is none that can be computed in.
+
+    Args:
+        got: the input's.
+        wanted: the parameters'.
+        model: what the caller calls what has them.
+    """
+    if wanted not in DTYPES:
+        return ValueError(
+            f"input: expected parameters of a real floating type, got {wanted}; convert with {model}.float(), and the "
+            f"input too"
+        )
+    also = f" or {model}.to({got})" if got in DTYPES else ""
+    return ValueError(
+        f"input: expected {wanted}, the parameters' type, got {got}; convert with input.to({wanted}){also}"
+    )
 
 
 def _layout(batch_first: bool) -> str:
@@ -116,6 +144,7 @@ def check_state(hx: Any, architecture: Architecture, input: Tensor, rows: int | 
                 f"hx: expected {name} to be a tensor, got {type(state).__name__}; pass hx=None for zeros, or "
                 f"torch.zeros of the right shape"
             )
+        check_layout(f"hx: {name}", state)
         if state.shape != shape:
             raise InputError(
                 f"hx: expected {name} of shape {shape} (layers * directions{'' if rows is None else ', rows'}, "
@@ -134,6 +163,7 @@ def are_states(hidden: Any, cell: Any, expected: tuple[tuple[int, ...], tuple[in
         and cell.shape == expected[1]
         and hidden.dtype == cell.dtype == input.dtype
         and hidden.device == cell.device == input.device
+        and hidden.layout is cell.layout is torch.strided
     )
 
 
@@ -190,6 +220,7 @@ def check_lengths(lengths: Any, rows: int | None, steps: int, device: torch.devi
         raise ValueError("lengths: expected None with an unbatched input, got lengths; cut the input instead")
     if not isinstance(lengths, Tensor):
         lengths = _lengths_of_sequence(lengths)
+    check_layout("lengths", lengths)
     if lengths.dtype not in _INTEGERS:
         raise TypeError(f"lengths: expected a tensor of integers, got {lengths.dtype}; convert with lengths.long()")
     if lengths.dim() != 1 or lengths.shape[0] != rows:
@@ -245,6 +276,7 @@ def check_reset(reset: Any, expected: tuple[int, ...], device: torch.device, bid
         )
     if reset.dtype != torch.bool:
         raise TypeError(f"reset: expected torch.bool, got {reset.dtype}; convert with reset.bool()")
+    check_layout("reset", reset)
     if reset.dim() != len(expected) or any(a != b for a, b in zip(reset.shape, expected, strict=True)):
         raise ValueError(
             f"reset: expected shape {expected}, the input's without its features, got {tuple(reset.shape)}; one flag "
@@ -325,75 +357,3 @@ def check_size(name: str, value: Any, least: int) -> None:
     if value < least:
         kind = "positive int" if least == 1 else "non-negative int"
         raise ValueError(f"{name}: expected a {kind}, got {value}; pass {least} or more")
-
-
-def check_dropout(value: Any) -> None:
-    """Check the kind of value that ``dropout`` is, with the error type of ``nn.LSTM``; its range is checked later.
-
-    Raises:
-        ValueError: neither a number nor a sequence of them.
-    """
-    numeric = isinstance(value, (numbers.Real, Sequence)) and not isinstance(value, (bool, str, bytes))
-    if not numeric:
-        raise ValueError(
-            f"dropout: expected a number in [0, 1), or one a layer, got {value!r} of type {type(value).__name__}; pass "
-            f"a float"
-        )
-
-
-def check_dtype(dtype: Any) -> None:
-    """Check the type of a model's parameters.
-
-    Raises:
-        InputTypeError: not a real floating type that there is arithmetic for.
-    """
-    if dtype is not None and dtype not in _DTYPES:
-        raise InputTypeError(
-            f"dtype: expected torch.float32, float64, bfloat16 or float16, got {dtype!r}; leave it out for the default"
-        )
-
-
-def check_architecture(architecture: Architecture, batch_first: Any) -> None:
-    """Check a model's hyperparameters, with the error types of ``nn.LSTM``.
-
-    Raises:
-        TypeError, ValueError: naming the hyperparameter.
-    """
-    check_flag("bias", architecture.bias)
-    check_flag("batch_first", batch_first)
-    check_flag("bidirectional", architecture.bidirectional)
-    check_size("input_size", architecture.input_size, 1)
-    check_size("hidden_size", architecture.hidden_size, 1)
-    check_size("num_layers", architecture.num_layers, 1)
-    check_size("proj_size", architecture.proj_size, 0)
-    if architecture.proj_size >= architecture.hidden_size:
-        raise ValueError(
-            f"proj_size: expected less than hidden_size={architecture.hidden_size}, got {architecture.proj_size}; "
-            f"pass 0 for no projection"
-        )
-
-
-def merge_regularization(regularization: Any, fields: Regularization) -> Regularization:
-    """The regularisers of a constructor: those given as one value, or those given one by one.
-
-    Args:
-        regularization: a :class:`~fusedreg.Regularization` or ``None``.
-        fields: what was given by name. Only ``dropout``, ``nn.LSTM``'s own, may stand beside the other.
-
-    Raises:
-        TypeError: not a ``Regularization``. ValueError: given both ways.
-    """
-    if regularization is None:
-        return fields
-    if not isinstance(regularization, Regularization):
-        raise TypeError(
-            f"regularization: expected a fusedreg.Regularization or None, got {type(regularization).__name__}; pass "
-            f"fusedreg.Regularization(...) or its fields by name"
-        )
-    changed = fields.changed()
-    changed.pop("dropout", None)
-    dropout = fields.dropout or regularization.dropout
-    if changed or regularization.dropout not in (0.0, dropout):
-        both = ", ".join(sorted(changed) or ["dropout"])
-        raise ValueError(f"regularization: expected None beside {both}, got both; put {both} into the Regularization")
-    return dataclasses.replace(regularization, dropout=dropout)

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from fusedreg import LSTM, BatchNorm, Regularization, validation
+from fusedreg import LSTM, BatchNorm, validation
 from fusedreg.parameters import Architecture
 from fusedreg.validation import InputError, InputTypeError
 
@@ -164,11 +164,6 @@ def test_flags_and_sizes() -> None:
         validation.check_size("proj_size", -1, 0)
 
 
-@pytest.mark.parametrize("value", [0.5, 0, [0.1, 0.2], ()])
-def test_dropouts_that_are_fine(value: Any) -> None:
-    validation.check_dropout(value)
-
-
 def test_buffers() -> None:
     shapes = {"running_cell_mean_l0": (3, 5)}
     validation.check_buffers({"running_cell_mean_l0": torch.zeros(3, 5)}, shapes)
@@ -178,10 +173,3 @@ def test_buffers() -> None:
         validation.check_buffers({}, shapes)
     with pytest.raises(ValueError, match=r"got \(2, 5\); pass dict\(module\.named_buffers\(\)\)"):
         validation.check_buffers({"running_cell_mean_l0": torch.zeros(2, 5)}, shapes)
-
-
-def test_merging_regularisers() -> None:
-    merged = validation.merge_regularization(Regularization(zoneout_cell=0.5), Regularization(dropout=0.2))
-    assert merged == Regularization(dropout=0.2, zoneout_cell=0.5)
-    same = validation.merge_regularization(Regularization(dropout=0.2), Regularization(dropout=0.2))
-    assert same == Regularization(dropout=0.2)
