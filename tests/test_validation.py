@@ -47,7 +47,7 @@ def test_no_rows_is_fine_and_no_steps_is_not_in_either_layout() -> None:
 
 def test_complex_and_integer_models_are_refused() -> None:
     for dtype in (torch.complex64, torch.int32):
-        with pytest.raises(ValueError, match="input: expected a real floating type"):
+        with pytest.raises(ValueError, match="input: expected parameters of a real floating type"):
             validation.check_input(torch.zeros(3, 2, 4, dtype=dtype), SIZES, WEIGHT.to(dtype), False)
 
 
