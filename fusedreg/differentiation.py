@@ -123,7 +123,8 @@ class _Operator(torch.autograd.Function):
     def apply(cls, *arguments: Any) -> Any:
         """As ``autograd.Function.apply``, of positional arguments without defaults."""
         if torch._C._are_functorch_transforms_active():
-            return super().apply(*arguments)  # type: ignore[no-untyped-call]
+            apply: Any = super().apply  # older torch has no types for it
+            return apply(*arguments)
         # Most arguments are None, and of those torch's own way asks whether they are tensors: two microseconds more.
         alive = [
             unwrap_if_dead(argument) if argument is not None and isinstance(argument, Tensor) else argument

@@ -7,7 +7,7 @@ when it is first asked for, and only where torch sees a CUDA device: the import 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -155,10 +155,10 @@ def describe(device: torch.device) -> str:
 
 def device_limits(device: torch.device) -> DeviceLimits:
     """Those of a GPU that torch sees."""
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # older torch's stub lacks the shared memory
     return DeviceLimits(
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
+        properties.shared_memory_per_block_optin,
         properties.major,
         properties.minor,
     )
