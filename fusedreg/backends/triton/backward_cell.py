@@ -10,7 +10,7 @@ import triton.language as tl
 from fusedreg.backends.triton.backward_norm import pre_activation
 from fusedreg.backends.triton.jit_cell import candidate_cell, leave_cell, sigmoid, tanh, through_zone
 from fusedreg.backends.triton.jit_storage import kept_activation, narrow
-from fusedreg.backends.triton.jit_tile import row_order, row_resets, tile_masks
+from fusedreg.backends.triton.jit_tile import mask_if, row_order, row_resets, tile_masks
 
 
 @triton.jit
@@ -44,10 +44,10 @@ def previous_cells(s, rows, units, position, resets, here, loop, saved, sizes, L
     carried = here & (resets == 0)[:, None]
     before = position + 1 if LAYER.reverse else position - 1
     at = (before.to(tl.int64) * sizes.rows + rows)[:, None] * HIDDEN + units[None, :]
-    cell = tl.load(saved.cells + at, mask=carried & (s > 0), other=0.0)
+    cell = tl.load(saved.cells + at, mask=mask_if(s > 0, carried), other=0.0)
     if loop.initial_cell is not None:
         at = rows[:, None] * HIDDEN + units[None, :]
-        cell += tl.load(loop.initial_cell + at, mask=carried & (s == 0), other=0.0)
+        cell += tl.load(loop.initial_cell + at, mask=mask_if(s == 0, carried), other=0.0)
     return cell
 
 

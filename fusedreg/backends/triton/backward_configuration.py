@@ -7,14 +7,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedreg.backends.triton import configurations
-from fusedreg.backends.triton.configurations import power_of_two, product_precision, product_stages
+from fusedreg.backends.triton.configurations import MANY_ELEMENTS, power_of_two, product_precision, product_stages
 from fusedreg.backends.triton.layout import UNTIED, Layer
 from fusedreg.encoding import NORM_BATCH, NORM_LAYER, NORM_NONE
 
 # Values of a gate that a stage which owns whole rows has at once, at most.
 _WHOLE_ROWS_ELEMENTS = 1024
-# Elements of a tile that four warps can hold in registers through a whole step.
-_FEW_ELEMENTS = 1024
 # Of a tile of da beside held weights: two are in registers at once. Each is code of its own, and there are not many.
 _TILE_BYTES = 16 * 1024
 _MOST_TILES = 16
@@ -120,7 +118,7 @@ def _warps(elements: int, of_whole_rows: int, norm: int) -> int:
     """So many that no value has to leave the registers, of which a norm's passes need most."""
     if norm == NORM_LAYER and of_whole_rows >= _WHOLE_ROWS_ELEMENTS:
         return 8
-    return 8 if elements > (_FEW_ELEMENTS // 2 if norm == NORM_BATCH else _FEW_ELEMENTS) else 4
+    return 8 if elements >= MANY_ELEMENTS else 4
 
 
 def _held_columns(layer: Layer, rows: int, units: int, precision: str, shared_bytes: int) -> int:
@@ -149,7 +147,7 @@ def _columns(dtype: torch.dtype, precision: str, elements: int, split: int) -> i
         return 32
     if split:
         return split * 128 // dtype.itemsize
-    return 128 if dtype != torch.float32 and elements <= _FEW_ELEMENTS else 64
+    return 128 if dtype != torch.float32 and elements <= MANY_ELEMENTS else 64
 
 
 def _tiles(rows: int, hidden_size: int, present: int, norm: int) -> tuple[int, int]:

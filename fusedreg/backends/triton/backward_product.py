@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fusedreg.backends.triton.jit_storage import dot, sum_of_pieces, tile_columns
-from fusedreg.backends.triton.jit_tile import TIED, UNTIED, hidden_drops, row_order, row_resets
+from fusedreg.backends.triton.jit_tile import TIED, UNTIED, hidden_drops, mask_if, row_order, row_resets
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def before_product(s, rows, units, loop, grads, sizes, rates, LAYER: tl.constexp
     at = ((s + 1) % 2).to(tl.int64) * sizes.rows * WIDTH + rows[:, None] * WIDTH + units[None, :]
     direct = tl.load(grads.direct + at, mask=here, other=0.0)
     valid, position = row_order(s + 1, rows, loop.lengths, sizes, LAYER.reverse)
-    valid = valid & (s + 1 < sizes.steps)
+    valid = mask_if(s + 1 < sizes.steps, valid)
     passing = valid & (row_resets(rows, valid, position, loop.reset, sizes) == 0)
     sources = grads.grad_recurrent + (position.to(tl.int64) * sizes.rows + rows) * (4 * HIDDEN)
     return direct, passing, sources, hidden_drops(rows, units, loop.seed, sizes, rates, LAYER)

@@ -21,7 +21,7 @@ SPARE_BYTES = 24 * 1024  # of a program's shared memory: for sums over warps, an
 _LEAST_SHARED = 64 * 1024
 _TILE_BYTES = 16 * 1024  # of h, of which two tiles are in registers at once, or a single one of twice the size
 _TILES = 8  # of a gate at most that are held: each is code of its own, and compiling it takes its time
-_FEW_ELEMENTS = 1024  # of a tile, that four warps can hold in registers
+MANY_ELEMENTS = 1024  # of a tile, that eight warps are needed for to hold a step's values in registers
 PADDING = 1.34  # how much wider than H the tiles may be together
 
 
@@ -134,7 +134,7 @@ def forward_configuration(layer: Layer, *, persistent: bool | None = None) -> Co
     columns, resident = _columns(layer, tile_rows, units, precision, limits if persistent else None)
     # One element of the tile to a thread; and warps that have no rows of their own in the product split its columns.
     small = tile_rows <= 32 and (dtype != torch.float32 or precision != "ieee")
-    wide = tile_rows * units > _FEW_ELEMENTS
+    wide = tile_rows * units >= MANY_ELEMENTS
     warps = 8 if wide or (resident and tile_rows == 32 and columns >= 128) else 4
     split = warps if small and columns >= 16 * warps else 1
     programs = -(-hidden_size // units)
@@ -189,23 +189,25 @@ def _columns(layer: Layer, rows: int, units: int, precision: str, limits: Device
     """How many columns a tile of ``W_hh (4H, P)`` has, and whether a program can hold all of its tiles over the steps.
 
     True float32 runs on no tensor core: its operands go through registers, so tiles are narrow, and read each step.
+    With untied masks a tile of ``h`` is four, which have to be in registers as well.
     """
     depth, dtype = layer.flags.projected_size, layer.tensors.weight_hh.dtype
     most = max(16, power_of_two(depth))
     if dtype == torch.float32 and precision == "ieee":
         return min(16, most), False
+    copies = 4 if layer.flags.hidden_dropout == UNTIED else 1
+    column_bytes = copies * rows * dtype.itemsize
+    fitting = max(16, _TILE_BYTES // column_bytes)
     if limits is not None:
-        copies = 4 if layer.flags.hidden_dropout == UNTIED else 1
-        columns = _TILE_BYTES // (rows * dtype.itemsize * copies)
-        if 2 * columns >= most:
-            columns = most
+        columns = most if 2 * fitting >= most else fitting
         columns = min(most, max(columns, power_of_two(-(-depth // _TILES))))
         least = min(columns, max(64, most // _TILES))
         while columns >= least:
             padded = -(-depth // columns) * columns
-            held = 4 * units * padded + min(2, padded // columns) * copies * rows * columns
-            if padded <= PADDING * depth or columns == least:
-                if held * dtype.itemsize + SPARE_BYTES <= limits.shared_bytes:
+            held = 4 * units * padded * dtype.itemsize + min(2, padded // columns) * columns * column_bytes
+            if columns <= 2 * fitting and (padded <= PADDING * depth or columns == least):
+                if held + SPARE_BYTES <= limits.shared_bytes:
                     return columns, True
             columns //= 2
-    return min(64, most), False
+    streamed = 64 if rows <= 32 else min(64, max(32, fitting))
+    return min(streamed, most), False

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedreg.backends.triton.jit_tile import row_order
+from fusedreg.backends.triton.jit_tile import mask_if, row_order
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def population(s, mean, var, columns, known, WIDTH: tl.constexpr, tensors, numbe
         return none, none + 1.0
     # Not checked before: an index past the rows must not read past them.
     row = tl.minimum(tl.load(tensors.inputs.running_index + s), numbers.sizes.running_rows - 1)
-    counted = known & (row >= 0)
+    counted = mask_if(row >= 0, known)
     at = row.to(tl.int64) * WIDTH + columns
     return tl.load(mean + at, mask=counted, other=0.0), tl.load(var + at, mask=counted, other=1.0)
 

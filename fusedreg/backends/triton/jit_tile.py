@@ -56,6 +56,14 @@ def row_order(s, rows, lengths, sizes, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def mask_if(condition, mask):
+    """``mask`` where one condition holds, else nothing: Triton 3.9's interpreter takes no ``mask & condition`` of one
+    that is no tile.
+    """
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def row_resets(rows, valid, position, reset, sizes):
     """Which of the valid rows start this step from a state of zeros."""
     if reset is None:
