@@ -69,6 +69,7 @@ def test_resources(target: str) -> None:
         assert one["spilled_bytes"] <= 64, one
         assert one["shared_bytes"] <= triton_compile.SHARED_BYTES[target], one
         assert one["cooperative"] == ("persistent" in one["name"]), one
+        assert one["fused"], one
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import CudaLauncher
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
 _LIBCUDA = """
@@ -50,6 +50,12 @@ int cuDevicePrimaryCtxRetain(void** context, int device) { *context = (void*)1; 
 int cuLaunchKernelEx(const void* config, void* function, void** params, void** extra) { ++launches; return 0; }
 """
 
+# What else the module needs that newer Triton's launcher is in, and is never called.
+_UNCALLED = """
+cuCtxGetDevice cuCtxGetLimit cuCtxSetLimit cuDeviceGetAttribute cuDriverGetVersion cuFuncGetAttribute
+cuFuncSetCacheConfig cuModuleGetFunction cuModuleLoadData cuModuleUnload cuPointerGetAttributes cuStreamIsCapturing
+"""
+
 
 class Compiled(NamedTuple):
     """What became of one kernel. ``seconds`` are of a processor's time: other work beside it does not count."""
@@ -63,6 +69,7 @@ class Compiled(NamedTuple):
     shared_bytes: int
     warps: int
     cooperative: bool
+    fused: bool
     unordered: list[str]
 
 
@@ -88,6 +95,10 @@ class PretendedDriver:
         self.launcher_cls = launcher
         self.compiled: list[Compiled] = []
         self.utils = self
+        # Newer Triton has one launcher for all kernels, and asks the driver for it; older compiles one for each.
+        if launcher is nvidia.CudaLauncher and not hasattr(nvidia, "make_launcher"):
+            utils = nvidia.CudaUtils()
+            self.launch, self.build_signature_metadata = utils.launch, utils.build_signature_metadata
         self._launches = launches
 
     @property
@@ -167,12 +178,12 @@ def pretended_driver(target: str, folder: Path) -> PretendedDriver:
         torch.version.hip = "pretended"
         return PretendedDriver(target, CountingLauncher, CountingLauncher.launches)
     source, library = folder / "libcuda.c", folder / "libcuda.so.1"
-    source.write_text(_LIBCUDA)
+    source.write_text(_LIBCUDA + "".join(f"int {name}() {{ return 1; }}\n" for name in _UNCALLED.split()))
     build = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
     subprocess.run(build, check=True)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     launches = ctypes.c_int.in_dll(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL), "launches")
-    return PretendedDriver(target, CudaLauncher, launches)
+    return PretendedDriver(target, nvidia.CudaLauncher, launches)
 
 
 def processor_seconds() -> float:
@@ -185,6 +196,7 @@ def pretend(target: str) -> PretendedDriver:
     """From now on this process has a GPU, for which it compiles and on which it launches nothing."""
     scratch = tempfile.TemporaryDirectory(prefix="triton")
     os.environ["TRITON_CACHE_DIR"] = str(Path(scratch.name) / "cache")
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"  # the default from Triton 3.10 on
     pretended = pretended_driver(target, Path(scratch.name))
     pretended.scratch = scratch  # removed with the driver, when the process ends
     driver.set_active(pretended)  # type: ignore[arg-type]
@@ -207,6 +219,7 @@ def pretend(target: str) -> PretendedDriver:
                 metadata.shared,
                 metadata.num_warps,
                 metadata.launch_cooperative_grid,
+                metadata.enable_fp_fusion,
                 unordered(kernel.asm.get("ptx", "")),
             )
         )

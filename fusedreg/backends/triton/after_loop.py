@@ -30,7 +30,7 @@ from fusedreg.backends.triton.jit_masks import (
 )
 from fusedreg.backends.triton.jit_storage import narrow
 from fusedreg.backends.triton.jit_tile import TIED, UNTIED
-from fusedreg.backends.triton.layout import Layer, LoopInputs
+from fusedreg.backends.triton.layout import FUSED, Layer, LoopInputs
 
 _ROWS, _COLUMNS = 8, 128
 
@@ -136,6 +136,7 @@ def previous_hidden(layer: Layer, inputs: LoopInputs, hidden: Tensor) -> Tensor:
         layer.flags.grouped_seed,
         _ROWS,
         _COLUMNS,
+        **FUSED,
     )
     return masked
 
@@ -217,5 +218,6 @@ def input_gradient(layer: Layer, grad_input_gates: Tensor) -> Tensor:
         layer.flags.grouped_seed,
         _ROWS,
         _COLUMNS,
+        **FUSED,
     )
     return result

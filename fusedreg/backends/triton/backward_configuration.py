@@ -8,7 +8,7 @@ import torch
 
 from fusedreg.backends.triton import configurations
 from fusedreg.backends.triton.configurations import MANY_ELEMENTS, power_of_two, product_precision, product_stages
-from fusedreg.backends.triton.layout import UNTIED, Layer
+from fusedreg.backends.triton.layout import FUSED, UNTIED, Layer
 from fusedreg.encoding import NORM_BATCH, NORM_LAYER, NORM_NONE
 
 # Values of a gate that a stage which owns whole rows has at once, at most.
@@ -109,8 +109,8 @@ def backward_configuration(layer: Layer, *, activated: bool, persistent: bool | 
         unit_tiles,
         row_tiles,
         programs=min(tiles, present),
-        launch={"num_warps": warps, "num_stages": product_stages(tile_bytes, limits.shared_bytes)},
-        rows_launch={"num_warps": min(16, max(1, block.whole_rows * wide // 128))},
+        launch={"num_warps": warps, "num_stages": product_stages(tile_bytes, limits.shared_bytes), **FUSED},
+        rows_launch={"num_warps": min(16, max(1, block.whole_rows * wide // 128)), **FUSED},
     )
 
 

@@ -27,7 +27,7 @@ from fusedreg.backends.triton.jit_masks import (
     threshold,
 )
 from fusedreg.backends.triton.jit_tile import TIED, UNTIED, weight_is_dropped
-from fusedreg.backends.triton.layout import Layer
+from fusedreg.backends.triton.layout import FUSED, Layer
 from fusedreg.encoding import NORM_LAYER
 
 _ROWS, _COLUMNS = 8, 128
@@ -105,6 +105,7 @@ def masked_weight(layer: Layer) -> Tensor:
         layer.options[5],
         _ROWS,
         _COLUMNS,
+        **FUSED,
     )
     return masked
 
@@ -138,6 +139,7 @@ def masked_input(layer: Layer) -> Tensor:
         layer.flags.grouped_seed,
         _ROWS,
         _COLUMNS,
+        **FUSED,
     )
     return masked
 

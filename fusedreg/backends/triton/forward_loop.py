@@ -16,6 +16,7 @@ from fusedreg.backends.triton.forward_step import product_of_units, step_of_unit
 from fusedreg.backends.triton.jit_grid import COUNTER_STRIDE
 from fusedreg.backends.triton.jit_numbers import packed_numbers, restored_numbers
 from fusedreg.backends.triton.layout import (
+    FUSED,
     UNTIED,
     ForwardResults,
     ForwardState,
@@ -132,7 +133,7 @@ def forward_loop(layer: Layer, inputs: LoopInputs, results: ForwardResults) -> N
     numbers = packed_numbers(layer.sizes, layer.rates)
     block = configuration.block
     grid = (triton.cdiv(layer.sizes.rows, block.rows), triton.cdiv(layer.flags.projected_size, block.units))
-    start_kernel[grid](tensors, numbers, layer.flags, block.rows, block.units)
+    start_kernel[grid](tensors, numbers, layer.flags, block.rows, block.units, **FUSED)
     if block.persistent:
         persistent_kernel[configuration.programs, configuration.groups](
             tensors,
@@ -144,6 +145,7 @@ def forward_loop(layer: Layer, inputs: LoopInputs, results: ForwardResults) -> N
             num_warps=configuration.warps,
             num_stages=configuration.stages,
             launch_cooperative_grid=True,
+            **FUSED,
         )
     else:
         _launch_steps(tensors, numbers, layer, configuration)
@@ -154,7 +156,7 @@ def _launch_steps(tensors: ForwardTensors, numbers: Numbers, layer: Layer, confi
     grid = (configuration.programs * configuration.groups,)
     row_grid = (triton.cdiv(layer.sizes.rows, block.whole_rows),)
     projection_grid = (triton.cdiv(layer.sizes.rows, block.rows) * triton.cdiv(flags.projected_size, block.units),)
-    launch = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+    launch = {"num_warps": configuration.warps, "num_stages": configuration.stages, **FUSED}
     grouped = (tensors, numbers, configuration.rows_per_group, flags, block)
     for s in range(layer.sizes.steps):
         if not in_stages(flags):

@@ -15,7 +15,7 @@ from torch import Tensor
 from fusedreg.backends.triton.configurations import whole_rows, wide_columns
 from fusedreg.backends.triton.jit_numbers import packed_sizes, restored_sizes
 from fusedreg.backends.triton.jit_tile import row_order
-from fusedreg.backends.triton.layout import Layer, Sizes
+from fusedreg.backends.triton.layout import FUSED, Layer, Sizes
 from fusedreg.encoding import NORM_BATCH, NORM_LAYER
 
 _COLUMNS, _ROWS = 64, 32
@@ -136,7 +136,7 @@ def input_statistics(layer: Layer, values: Tensor) -> Tensor:
         moments = torch.empty(steps, 2, rows, dtype=torch.float32, device=device)
         whole = whole_rows(steps * rows)
         grid = (triton.cdiv(steps * rows, whole),)
-        row_moments_kernel[grid](values, moments, lengths, steps, rows, width, whole, wide_columns(width))
+        row_moments_kernel[grid](values, moments, lengths, steps, rows, width, whole, wide_columns(width), **FUSED)
         return moments
     pooled = bool(layer.options[11])
     if lengths is None:
@@ -153,7 +153,7 @@ def input_statistics(layer: Layer, values: Tensor) -> Tensor:
     moments = torch.empty(steps, 2, width, dtype=torch.float32, device=device)
     sizes = packed_sizes(Sizes(steps, rows, 0, rows))
     batch_moments_kernel[(steps, triton.cdiv(width, _COLUMNS))](
-        values, moments, lengths, sizes, width, layer.flags.reverse, _ROWS, _COLUMNS
+        values, moments, lengths, sizes, width, layer.flags.reverse, _ROWS, _COLUMNS, **FUSED
     )
     if pooled:
         moments = _combined(moments, counts.to(torch.float32).view(-1, 1))
@@ -212,5 +212,6 @@ def normalised(layer: Layer, values: Tensor, statistics: Tensor, terms: Tensor) 
         layer.flags.reverse,
         8,
         128,
+        **FUSED,
     )
     return terms

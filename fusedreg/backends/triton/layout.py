@@ -30,6 +30,10 @@ OFF, DRAWN, EXPECTED = 0, 1, 2
 TIED, UNTIED = 1, 2
 BY_STEP, BY_SEQUENCE = 1, 2
 
+# Of every launch: a product and the sum that it goes into are one instruction. Triton has done so by default, and is to
+# stop.
+FUSED: dict[str, Any] = {"enable_fp_fusion": True}
+
 
 class LayerFlags(NamedTuple):
     """What is compiled into a kernel: the layer's widths and the options. Numbers, so that they print as such.

@@ -21,7 +21,7 @@ from fusedreg.backends.triton.backward_norm import column_moments, norm_scales, 
 from fusedreg.backends.triton.jit_numbers import packed_numbers, restored_numbers
 from fusedreg.backends.triton.jit_storage import narrow
 from fusedreg.backends.triton.jit_tile import row_order
-from fusedreg.backends.triton.layout import Layer
+from fusedreg.backends.triton.layout import FUSED, Layer
 from fusedreg.encoding import NORM_LAYER
 
 _ROWS, _COLUMNS = 32, 64
@@ -192,6 +192,7 @@ def term_sums(
         int(pooled),
         _ROWS,
         _COLUMNS,
+        **FUSED,
     )
     return sums
 
@@ -217,7 +218,7 @@ def through_input_norm(
     if layer.flags.norm == NORM_LAYER:
         columns = min(256, triton.next_power_of_2(width))
         layer_gradient_kernel[(steps * triton.cdiv(rows, _FEW_ROWS),)](
-            grads, values, statistics, lengths, gain, results, numbers, width, reverse, _FEW_ROWS, columns
+            grads, values, statistics, lengths, gain, results, numbers, width, reverse, _FEW_ROWS, columns, **FUSED
         )
         return results
     sums = sums[0]
@@ -239,5 +240,6 @@ def through_input_norm(
         int(pooled),
         _ROWS,
         _COLUMNS,
+        **FUSED,
     )
     return results
