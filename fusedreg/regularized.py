@@ -13,6 +13,15 @@ from fusedreg.refusals import Refusals
 from fusedreg.regularization import BatchNorm, Regularization
 
 
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# dynamo runs a function with this mark while it traces. What it answers itself, up to torch 2.11, is that everything
+# it compiles is exported.
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class RegularizedModule(Refusals, nn.Module):
     """A module with a :class:`~fusedreg.Regularization`. Not for users."""
 
@@ -74,7 +83,7 @@ class RegularizedModule(Refusals, nn.Module):
 
         Of a tensor that the caller has ``given``, and may count up in place, a copy.
         """
-        if torch.compiler.is_exporting():
+        if _exporting():
             return
         if torch._C._are_functorch_transforms_active():
             seed = None
