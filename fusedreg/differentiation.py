@@ -88,16 +88,22 @@ def gradients(operators: Operators, ctx: Any, *grads: Tensor | None) -> tuple[An
     if all(grad is None for grad in (output, final_hidden, final_cell, cells)) or not any(needed):
         return (None,) * _FORWARD_ARGUMENTS
     saved = ctx.saved_tensors
-    tensors = (*saved[:FIRST_RUNNING], *(None,) * 8)
+    tensors, results_saved = (*saved[:FIRST_RUNNING], *(None,) * 8), saved[FIRST_RUNNING:]
+    again = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    if again:
+        # Second derivatives go by way of the tensors alone. With an edge to these results, which gets no gradient, they
+        # are right too, but compiled autograd fails to add it to others.
+        results_saved = tuple(value.detach() for value in results_saved)
     arguments = (
         (output, final_hidden, final_cell, cells),
         tensors,
-        saved[FIRST_RUNNING:],
+        results_saved,
         (ctx.rates, options, ctx.norm_eps, needed),
     )
     flat = [argument for group in arguments for argument in group]
-    transformed = torch._C._are_functorch_transforms_active()
-    if torch.is_grad_enabled() or transformed:
+    if again:
+        if torch.compiler.is_compiling():  # compiled autograd, perhaps of a forward that was not
+            allow_in_graph()
         results = operators.layer_backward.apply(*flat)
     else:
         with torch._C._AutoDispatchBelowAutograd():
