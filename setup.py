@@ -17,6 +17,7 @@ Environment variables:
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -59,6 +60,10 @@ class BuildNative(build_ext):
             self.report.append(f"CUDA extension: not built ({cuda_build.status().reason})")
         print("\nfusedreg build summary\n  " + "\n  ".join(self.report) + "\n", flush=True)
 
+    def get_ext_filename(self, fullname: str) -> str:
+        """The same for every Python, whatever each calls its own extensions: the package looks for this name."""
+        return f"{fullname.replace('.', os.sep)}.abi3.so"
+
     def build_extension(self, extension: Extension) -> None:
         """Builds one extension into the place that setuptools names."""
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
@@ -75,28 +80,29 @@ class BuildNative(build_ext):
         self.report.append(f"{plan.title}: {target.name}, {target.stat().st_size // 1024} KiB, {plan.details}")
 
 
-class Abi3Wheel(bdist_wheel):
-    """Tags the wheel ``cp310-abi3``: the extensions use no Python symbol at all."""
+class AnyPythonWheel(bdist_wheel):
+    """Tags the wheel ``py3-none``: the extensions use no Python symbol at all, so that a Python without a global lock,
+    which knows no ``abi3``, takes them too.
+    """
 
-    def finalize_options(self) -> None:
-        """Sets the tag before setuptools derives one from the running interpreter."""
-        self.py_limited_api = "cp310"
-        super().finalize_options()
+    def get_tag(self) -> tuple[str, str, str]:
+        """Of what setuptools derives from the running interpreter, the platform."""
+        return "py3", "none", super().get_tag()[2]
 
 
 def extensions() -> list[Extension]:
     """The extensions to build: asked for or found possible, never left out in silence."""
     found: list[Extension] = []
     if native_build.cpu_wanted():
-        found.append(Extension(CPU, sources=[], py_limited_api=True))
+        found.append(Extension(CPU, sources=[]))
     else:
         print("fusedreg: FUSEDREG_CPU=0, so the CPU extension is left out", flush=True)
     status = cuda_build.status()
     if status.possible:
-        found.append(Extension(CUDA, sources=[], py_limited_api=True))
+        found.append(Extension(CUDA, sources=[]))
     elif status.demanded:
         raise SystemExit(f"\nfusedreg: FUSEDREG_CUDA=1, but the CUDA extension cannot be built: {status.reason}\n")
     return found
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": Abi3Wheel})
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel})
