@@ -107,13 +107,15 @@ def lstm_layer(
     # Under a transform a tensor may not show that it requires grad at a level further out, so the Function it is; and
     # the Function is what refuses forward mode, whose tangents the operator would silently lose.
     dual = forward_ad._current_level >= 0
-    if transformed or dual or (torch.is_grad_enabled() and _requires_grad(tensors)):
+    differentiated = transformed or dual or (torch.is_grad_enabled() and _requires_grad(tensors))
+    if differentiated and not torch._C._is_tracing():  # what torch.jit.trace records is for inference: see below
         save = SAVE_RECOMPUTE if options.recompute else SAVE_GATES
         results = pair.layer.apply(*tensors, *encode(options, save))
     elif compiling:
         results = pair.forward(*tensors, *encode(options, SAVE_NOTHING))
     else:
-        # Nothing to differentiate: past the operator's autograd kernel, which is Python and costs as much again.
+        # Nothing to differentiate: past the operator's autograd kernel, which is Python and costs as much again. A
+        # trace has no place for a Python function; whoever differentiates what it recorded is told what was not saved.
         with torch._C._AutoDispatchBelowAutograd():
             results = pair.call_forward(*tensors, *encode(options, SAVE_NOTHING))
     output, final_hidden, final_cell, cells = results[:4]
