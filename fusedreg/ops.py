@@ -108,7 +108,7 @@ def lstm_layer(
     # the Function is what refuses forward mode, whose tangents the operator would silently lose.
     dual = forward_ad._current_level >= 0
     differentiated = transformed or dual or (torch.is_grad_enabled() and _requires_grad(tensors))
-    if differentiated and not torch._C._is_tracing():  # what torch.jit.trace records is for inference: see below
+    if differentiated and (compiling or not torch._C._is_tracing()):  # what torch.jit.trace records is for inference
         save = SAVE_RECOMPUTE if options.recompute else SAVE_GATES
         results = pair.layer.apply(*tensors, *encode(options, save))
     elif compiling:
