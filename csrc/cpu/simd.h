@@ -15,6 +15,8 @@
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../common/params.h"
@@ -35,6 +37,9 @@ constexpr int kTileRows = 6;  // 6 x 4 accumulators of 32 registers
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kTileRows = 3;  // 3 x 4 of 16
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kTileRows = 5;  // 5 x 4 of 32 registers: with 6 rows GCC runs out of them
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 3;
@@ -170,6 +175,13 @@ FUSEDREG_INLINE void store_full(Float16* to, Vector<float> value) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                    _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+#elif defined(__aarch64__)
+FUSEDREG_INLINE Vector<float> load_full(const Float16* from) {
+  return (Vector<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(from))));
+}
+FUSEDREG_INLINE void store_full(Float16* to, Vector<float> value) {
+  vst1_u16(reinterpret_cast<uint16_t*>(to), vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)value)));
+}
 #else
 // Without a conversion instruction: half to single by an exact multiplication by 2^112, which moves the exponent's
 // bias and renormalises subnormals; single to half by adding a power of two at which the rounding happens in place.
@@ -276,6 +288,8 @@ FUSEDREG_INLINE WideWords multiply_words(WideWords words, uint32_t factor) {
   return (WideWords)_mm256_mul_epu32((__m256i)words, _mm256_set1_epi64x(factor));
 #elif defined(__SSE2__)
   return (WideWords)_mm_mul_epu32((__m128i)words, _mm_set1_epi64x(factor));
+#elif defined(__aarch64__)
+  return (WideWords)vmull_n_u32(vmovn_u64((uint64x2_t)words), factor);
 #else
   return (words & 0xFFFFFFFFu) * factor;
 #endif

@@ -95,15 +95,20 @@ static void tile_kernel(const Tile<Compute>& tile) {
 
 template <class Compute, int Vectors, bool Untied>
 static void tile_of_vectors(int rows, const Tile<Compute>& tile) {
+  static_assert(kTileRows <= 6);
   switch (rows) {
     case 1: return tile_kernel<Compute, 1, Vectors, Untied>(tile);
     case 2: return tile_kernel<Compute, 2, Vectors, Untied>(tile);
     case 3: return tile_kernel<Compute, 3, Vectors, Untied>(tile);
-#if defined(__AVX512F__)
-    case 4: return tile_kernel<Compute, 4, Vectors, Untied>(tile);
-    case 5: return tile_kernel<Compute, 5, Vectors, Untied>(tile);
-    case 6: return tile_kernel<Compute, 6, Vectors, Untied>(tile);
-#endif
+    case 4:
+      if constexpr (kTileRows >= 4) return tile_kernel<Compute, 4, Vectors, Untied>(tile);
+      return;
+    case 5:
+      if constexpr (kTileRows >= 5) return tile_kernel<Compute, 5, Vectors, Untied>(tile);
+      return;
+    case 6:
+      if constexpr (kTileRows >= 6) return tile_kernel<Compute, 6, Vectors, Untied>(tile);
+      return;
     default: return;
   }
 }

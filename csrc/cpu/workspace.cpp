@@ -72,9 +72,9 @@ void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-Workspace::Workspace(size_t bytes) : data_(take(bytes + kHeader) + kHeader), bytes_(bytes) {
+Workspace::Workspace(size_t bytes) : data_(take(bytes + kHeader) + kHeader) {
 #if defined(FUSEDREG_POISON_WORKSPACE)
-  std::memset(data_, 0xFF, bytes_);  // NaN in every floating-point type: what reads before it writes is found out
+  std::memset(data_, 0xFF, bytes);  // NaN in every floating-point type: what reads before it writes is found out
 #endif
 }
 

@@ -19,7 +19,6 @@ class Workspace {
 
  private:
   char* data_;
-  size_t bytes_;
 };
 
 // Asks for huge pages under a large buffer that is about to be written for the first time.
