@@ -8,7 +8,7 @@ Example:
 
 from __future__ import annotations
 
-from fusedreg import backends, checkpoints, functional, initialization, inspect, training, truncated
+from fusedreg import backends, checkpoints, functional, initialization, inspect, onnx, training, truncated
 from fusedreg._version import __version__
 from fusedreg.cell import CellSequence, LSTMCell
 from fusedreg.functional import LSTMResult, LSTMResultWithCells
@@ -34,6 +34,7 @@ __all__ = [
     "initialization",
     "inspect",
     "masks",
+    "onnx",
     "replace_lstms",
     "training",
     "truncated",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree
 
 from fusedreg import ops, reference, running_statistics, validation
 from fusedreg.autocast import autocast
@@ -35,6 +36,11 @@ class LSTMResultWithCells(NamedTuple):
     output: Any
     state: tuple[Tensor, Tensor]
     cell_states: Any
+
+
+# So that a program that returns one can be saved (torch.export.save).
+for _result in (LSTMResult, LSTMResultWithCells):
+    _pytree._register_namedtuple(_result, serialized_type_name=f"fusedreg.{_result.__name__}")
 
 
 @dataclass(frozen=True)
