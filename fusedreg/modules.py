@@ -132,7 +132,7 @@ class LSTM(RegularizedModule):
         if num_layers == 1 and chosen.dropout not in (0.0, (), (0.0,)):
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
-                f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
+                f"num_layers greater than 1, but got dropout={chosen.dropout} and num_layers={num_layers}",
                 stacklevel=2,
             )
         self.mode = "LSTM"
