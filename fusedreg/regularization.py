@@ -103,9 +103,10 @@ class BatchNorm(_Immutable):
 
     with statistics over the rows of the batch at each processed step. The carried cell is never normalised.
 
-    Under activation checkpointing the recomputation updates the running statistics a second time, as it does those of
-    :class:`torch.nn.BatchNorm1d`. A step that a single row of a ragged batch reaches, which is normalised with them, is
-    then recomputed with the updated ones: there, gradients are of a slightly different function.
+    Under activation checkpointing the recomputation may update the running statistics a second time (with
+    ``use_reentrant=True`` it does), as it does those of :class:`torch.nn.BatchNorm1d`. A step that a single row of a
+    ragged batch reaches, which is normalised with them, is recomputed with the updated ones: there, gradients are of a
+    slightly different function.
 
     Args:
         max_steps: how many steps keep running statistics of their own. Needed by ``statistics="per_step"``, and
