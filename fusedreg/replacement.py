@@ -92,7 +92,7 @@ def replace_lstms(
             are changed by an old-style ``weight_norm`` or by pruning, it has buffers, modules or methods that torch's
             has not, a hyperparameter is out of range, an option is not one of a cell or gives it an output besides
             ``h``, a norm would have to be parametrised), a name to be skipped is not there, or ``model`` is such a
-            module itself. Nothing has been changed then. TypeError: ``model`` is no module.
+            module itself. Nothing has been changed then. TypeError: ``model`` is no module, ``options`` no mapping.
 
     Example:
         >>> import torch, fusedreg
@@ -124,9 +124,14 @@ def replace_lstms(
         if skipped.intersection(names):
             left[name] = "as asked for by skip"
             continue
-        own = options(name, module) if callable(options) else options or {}
+        own = options(name, module) if callable(options) else {} if options is None else options
         if own is None:
             left[name] = "as asked for by options"
+        elif not isinstance(own, Mapping):
+            raise TypeError(
+                f"options: expected keyword arguments of fusedreg.LSTM by name, or a function that returns them or "
+                f"None, got {type(own).__name__}; pass for instance {{'zoneout_cell': 0.2}}"
+            )
         elif (reason := _reason_against(module)) is not None:
             refused[name] = reason
         else:
@@ -153,9 +158,17 @@ def _find(model: nn.Module) -> list[tuple[TorchModule, tuple[str, ...]]]:
     """Each of torch's modules inside a model, once, with all the names it stands under."""
     found: dict[int, tuple[TorchModule, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, TorchModule):
+        if isinstance(module, TorchModule) or _is_scripted(module):
             found.setdefault(id(module), (module, []))[1].append(name)
     return [(module, tuple(names)) for module, names in found.values()]
+
+
+def _is_scripted(module: Any) -> bool:
+    """Whether it was one of torch's modules before ``torch.jit.script``: then it is of no class of torch's any more."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return False
+    weights = {"LSTM": "weight_hh_l0", "LSTMCell": "weight_hh"}
+    return hasattr(module, weights.get(getattr(module, "original_name", ""), ""))
 
 
 def _torch_class(module: TorchModule) -> type[TorchModule]:

@@ -62,8 +62,8 @@ def pieces(
         The pieces in order; views of ``input`` and ``reset``.
 
     Raises:
-        ValueError: ``steps`` below 1, or a ``reset`` of another shape. TypeError: ``steps`` is not an int. What a
-            function gives is checked when its piece is cut.
+        ValueError: ``steps`` below 1, or a ``reset`` of another shape. TypeError: ``steps`` is not an int, ``input``
+            not a tensor. What a function gives is checked when its piece is cut.
 
     Example:
         >>> import torch
@@ -71,6 +71,11 @@ def pieces(
         >>> [(piece.start, len(piece.input)) for piece in truncated.pieces(torch.zeros(8, 2, 3), 3)]
         [(0, 3), (3, 3), (6, 2)]
     """
+    if not isinstance(input, Tensor):
+        raise TypeError(
+            f"input: expected a padded batch in a tensor, got {type(input).__name__}; for a PackedSequence pass what "
+            f"torch.nn.utils.rnn.pad_packed_sequence gives, batch and lengths"
+        )
     if not callable(steps):
         _check_steps(steps)
     if reset is not None and reset.shape != input.shape[:-1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -232,7 +233,16 @@ def with_more(module: nn.Module, change: Callable[[Any], object]) -> nn.Module:
     return module
 
 
+def scripted(module: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+        result: nn.Module = torch.jit.script(module)
+    return result
+
+
 REFUSED: dict[str, Any] = {
+    "it is scripted": lambda: scripted(nn.LSTM(3, 4)),
+    "it is scripted: replace it in the model": lambda: scripted(nn.LSTMCell(3, 4)),
     "is derived from nn.LSTM": lambda: Derived(3, 4),
     "weight_hh_l0_g.*remove_weight_norm": weight_normed,
     "weight_hh_l0_orig.*prune.remove": lambda: prune.identity(nn.LSTM(3, 4), "weight_hh_l0"),
@@ -286,4 +296,7 @@ def test_bad_arguments() -> None:
         fusedreg.replace_lstms(nn.Sequential(nn.LSTM(3, 4)), skip=["x"])
     with pytest.raises(ValueError, match=r"1: .*zoneout_cell"):
         fusedreg.replace_lstms(nn.Sequential(nn.Identity(), nn.LSTM(3, 4)), {"zoneout_cell": 2.0})
+    for options in (3, ["zoneout_cell"], lambda name, module: 3):
+        with pytest.raises(TypeError, match=r"options: expected keyword arguments.* got (int|list)"):
+            fusedreg.replace_lstms(nn.Sequential(nn.LSTM(3, 4)), options)  # type: ignore[arg-type]
     assert fusedreg.replace_lstms(nn.Linear(1, 1)).replaced == {}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
 
 import fusedreg
 from fusedreg import truncated
@@ -111,6 +112,8 @@ def test_bad_arguments() -> None:
         truncated.pieces(input, 2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"reset: expected shape \(5, 2\).*got \(2, 5\)"):
         truncated.pieces(input, 2, reset=torch.zeros(2, 5, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"input: expected a padded batch.*PackedSequence.*pad_packed_sequence"):
+        truncated.pieces(pack_sequence([input[:, 0]]), 2)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"rows: expected a bool tensor.*float32"):
         truncated.reset_rows(input, torch.zeros(2))
     with pytest.raises(ValueError, match=r"rows: expected shape \(B,\) = \(2,\), got \(3,\)"):
