@@ -241,7 +241,10 @@ def check_lengths(lengths: Any, rows: int | None, steps: int, device: torch.devi
 def _lengths_of_sequence(lengths: Any) -> Tensor:
     if isinstance(lengths, (str, bytes)) or not isinstance(lengths, Sequence):
         raise TypeError(f"lengths: expected a tensor of integers, got {type(lengths).__name__}; pass one integer a row")
-    if not all(hasattr(length, "__index__") and not isinstance(length, bool) for length in lengths):
+    # An int is asked for first: inside torch.compile a symbolic one answers to nothing else.
+    if not all(
+        (isinstance(length, int) or hasattr(length, "__index__")) and not isinstance(length, bool) for length in lengths
+    ):
         raise TypeError(f"lengths: expected integers, got {list(lengths)!r}; pass one integer a row")
     return torch.tensor(list(lengths), dtype=torch.int64)
 

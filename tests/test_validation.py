@@ -173,3 +173,14 @@ def test_buffers() -> None:
         validation.check_buffers({}, shapes)
     with pytest.raises(ValueError, match=r"got \(2, 5\); pass dict\(module\.named_buffers\(\)\)"):
         validation.check_buffers({"running_cell_mean_l0": torch.zeros(2, 5)}, shapes)
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+def test_lengths_in_a_list_that_is_another_each_call() -> None:
+    """In compiled code the second list's ints are symbolic, and so is every one after it."""
+    module = LSTM(4, 5, backend="reference")
+    whole = torch.compile(lambda x, lengths: module(x, lengths=lengths).output, backend="aot_eager", fullgraph=True)
+    input = torch.randn(2, 3, 4)
+    for lengths in ([2, 1, 2], [1, 0, 2], [2, 2, 0]):
+        torch.testing.assert_close(whole(input, lengths), module(input, lengths=lengths).output)
