@@ -182,3 +182,13 @@ def test_what_cannot_be_exported_says_so(tmp_path: Path) -> None:
     with pytest.raises(torch.onnx.OnnxExporterError) as narrow:
         export(Program(dtype=torch.bfloat16), set(), tmp_path / "model.onnx")
     assert "expected float32 or float64, got BFLOAT16" in refusal(narrow.value)
+
+
+def test_nothing_is_reported_when_the_loop_is_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    """onnxscript reports what it does not understand on the way, and goes on."""
+    import importlib
+
+    from fusedreg.onnx import functions
+
+    importlib.reload(functions)
+    assert caplog.messages == []

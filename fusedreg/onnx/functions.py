@@ -4,12 +4,13 @@ The equations are those of :mod:`fusedreg.reference` in evaluation.
 """
 
 # mypy: ignore-errors
-from typing import TypeVar
+from typing import TypeVar, Union
 
 from onnxscript import DOUBLE, FLOAT, script
 from onnxscript import opset18 as op
 
-Float = TypeVar("Float", FLOAT[...], DOUBLE[...])
+# onnxscript knows neither the constraints of a TypeVar nor unions by "|", and says so at each import.
+Float = TypeVar("Float", bound=Union[FLOAT[...], DOUBLE[...]])  # noqa: UP007
 
 
 @script(default_opset=op)
