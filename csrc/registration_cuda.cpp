@@ -22,6 +22,7 @@
 #include "stable/schemas.h"
 #if defined(FUSEDREG_CUDA_EMULATION)
 #include "cuda/emulation/machine.h"
+#include "cuda/emulation/recording.h"
 #endif
 
 namespace fusedreg {
@@ -38,6 +39,18 @@ struct CurrentDevice {
   explicit CurrentDevice(const Tensor& /*tensor*/) {}
   void* stream = nullptr;
 };
+
+// A record of a call holds its products too.
+class Products final : public cuda::Products {
+ public:
+  explicit Products(const Tensor& like) : library_(like) {}
+  void multiply(const cuda::Matrix& out, const cuda::Matrix& a, const cuda::Matrix& b) override {
+    cuda::emulation::perform([=, library = library_]() mutable { library.multiply(out, a, b); });
+  }
+
+ private:
+  stable::LibraryProducts library_;
+};
 #else
 constexpr Place kPlace = Place::Cuda;
 
@@ -51,6 +64,8 @@ struct CurrentDevice {
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
 };
+
+using Products = stable::LibraryProducts;
 #endif
 
 // For tests: the tier that every call must use.
@@ -94,7 +109,11 @@ cuda::DeviceArguments device_arguments(const stable::LayerArguments& layer, cons
 // One block from torch's caching allocator: used on the caller's stream alone, so it may be given back at the end of
 // the call, whatever of it is still to run.
 Tensor allocate_scratch(const Tensor& like, size_t bytes) {
-  return stable::empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  Tensor scratch = stable::empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+#if defined(FUSEDREG_CUDA_EMULATION)
+  cuda::emulation::keep_alive(std::make_shared<Tensor>(scratch));
+#endif
+  return scratch;
 }
 
 // Models are queued one after another. Being of one size they have one choice, and one block of scratch memory, which
@@ -107,7 +126,7 @@ void forward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) 
   } else {
     const auto choice = choose(cuda::Direction::Forward, calls[0].layer, calls[0].params.in);
     Tensor scratch = allocate_scratch(calls.input(), cuda::lstm_layer_forward_scratch(calls[0].params, *choice));
-    stable::LibraryProducts products(calls.input());
+    Products products(calls.input());
     for (int64_t index = 0; index < calls.count(); ++index) {
       const stable::ForwardCall& call = calls[index];
       cuda::lstm_layer_forward(call.params, device_arguments(call.layer, call.params.in), *choice,
@@ -125,7 +144,7 @@ void backward(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/)
   } else {
     const auto choice = choose(cuda::Direction::Backward, calls[0].layer, calls[0].params.in);
     Tensor scratch = allocate_scratch(calls.input(), cuda::lstm_layer_backward_scratch(calls[0].params, *choice));
-    stable::LibraryProducts products(calls.input());
+    Products products(calls.input());
     for (int64_t index = 0; index < calls.count(); ++index) {
       const stable::BackwardCall& call = calls[index];
       cuda::lstm_layer_backward(call.params, call.second_grad_bias, device_arguments(call.layer, call.params.in),
@@ -158,6 +177,18 @@ void set_device(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*
 
 void set_schedule(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
   cuda::emulation::set_schedule(static_cast<uint64_t>(torch::stable::detail::to<int64_t>(stack[0])));
+}
+
+void start_recording(StableIValue* /*stack*/, uint64_t /*arguments*/, uint64_t /*results*/) {
+  cuda::emulation::start_recording();
+}
+
+void replay(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  stack[0] = torch::stable::detail::from(static_cast<int64_t>(cuda::emulation::replay()));
+}
+
+void forget_recording(StableIValue* /*stack*/, uint64_t /*arguments*/, uint64_t /*results*/) {
+  cuda::emulation::forget_recording();
 }
 
 #else
@@ -195,6 +226,9 @@ STABLE_TORCH_LIBRARY(fusedreg_emulated, library) {
   library.def("_set_tier(str name) -> bool");
   library.def("_set_device(int[] limits) -> ()");
   library.def("_set_schedule(int seed) -> ()");
+  library.def("_start_recording() -> ()");
+  library.def("_replay() -> int");
+  library.def("_forget_recording() -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedreg_emulated, CPU, library) {
@@ -206,6 +240,9 @@ STABLE_TORCH_LIBRARY_IMPL(fusedreg_emulated, CompositeExplicitAutograd, library)
   library.impl("_set_tier", &fusedreg::set_tier);
   library.impl("_set_device", &fusedreg::set_device);
   library.impl("_set_schedule", &fusedreg::set_schedule);
+  library.impl("_start_recording", &fusedreg::start_recording);
+  library.impl("_replay", &fusedreg::replay);
+  library.impl("_forget_recording", &fusedreg::forget_recording);
 }
 
 #else

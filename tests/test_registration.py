@@ -38,9 +38,9 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
     return torch.ops.fusedreg.lstm_layer_backward.default(*arguments)  # type: ignore[no-any-return]
 
 
-def forward_arguments(case: LayerCase, save: int = encoding.SAVE_GATES) -> dict[str, Any]:
+def forward_arguments(case: LayerCase, save: int = encoding.SAVE_GATES, seed: int = 0) -> dict[str, Any]:
     """The operator's arguments by name, for a case."""
-    given = make_arguments(case, 0)
+    given = make_arguments(case, seed)
     encoded = encoding.encode_options(case.options, save)
     named = dict(zip(FORWARD_ARGUMENTS, [*given.tensors(), *encoded], strict=True))
     if named["initial_cell"] is not None:
@@ -48,8 +48,8 @@ def forward_arguments(case: LayerCase, save: int = encoding.SAVE_GATES) -> dict[
     return named
 
 
-def backward_arguments(case: LayerCase, save: int, needed: list[bool] | None = None) -> dict[str, Any]:
-    named = forward_arguments(case, save)
+def backward_arguments(case: LayerCase, save: int, needed: list[bool] | None = None, seed: int = 0) -> dict[str, Any]:
+    named = forward_arguments(case, save, seed)
     output, final_hidden, final_cell, cells, hidden, *saved = forward(*named.values())
     differs = encoding.hidden_differs(named["rates"], named["options"])
     grads = [torch.ones_like(value) for value in (output, final_hidden, final_cell, cells)]

@@ -29,8 +29,9 @@ using fusedreg::tanh;
 
 template <auto kernel, class Params>
 const void* address_of_kernel() {
-  void (*const call)(const void*) = [](const void* params) { kernel(*static_cast<const Params*>(params)); };
-  return reinterpret_cast<const void*>(call);
+  static const emulation::Kernel the_kernel{[](const void* params) { kernel(*static_cast<const Params*>(params)); },
+                                            sizeof(Params)};
+  return &the_kernel;
 }
 
 inline int thread_index() { return emulation::running().index; }

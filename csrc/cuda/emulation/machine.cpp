@@ -330,11 +330,11 @@ char* shared_of(const char* address, int rank, size_t bytes) {
   return other.shared + offset;
 }
 
-std::string run_blocks(const Launch& launch, const void* kernel, const void* params,
+std::string run_blocks(const Launch& launch, const Kernel& kernel, const void* params,
                        const std::vector<std::pair<int, int>>& places, uint64_t seed) {
   Machine& m = machine();
   m.launch = launch;
-  m.kernel = reinterpret_cast<void (*)(const void*)>(const_cast<void*>(kernel));
+  m.kernel = kernel.call;
   m.params = params;
   m.failure.clear();
   m.random.seed(seed);

@@ -81,6 +81,12 @@ struct Cluster {
   StoreList stores;
 };
 
+// What a kernel's address points to.
+struct Kernel {
+  void (*call)(const void* params);
+  size_t parameter_bytes;
+};
+
 // What the device functions call. All but the last group belong to the running thread.
 Thread& running();
 void meet_block(const Place& place);
@@ -100,7 +106,7 @@ const Launch& launched();
 [[noreturn]] void fail(const std::string& message);
 
 // Runs blocks that are alive together, in the clusters that the launch asks for; why it failed, or nothing.
-std::string run_blocks(const Launch& launch, const void* kernel, const void* params,
+std::string run_blocks(const Launch& launch, const Kernel& kernel, const void* params,
                        const std::vector<std::pair<int, int>>& places, uint64_t seed);
 std::string describe_deadlock(const std::vector<std::unique_ptr<Block>>& blocks);
 

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "machine.h"
+#include "recording.h"
 
 namespace fusedreg::cuda {
 namespace emulation {
@@ -58,28 +59,17 @@ std::string objection(const Launch& launch, const DeviceLimits& limits) {
   return "";
 }
 
-}  // namespace
-
-void set_limits(const DeviceLimits& limits) { device().limits = limits; }
-
-void set_schedule(uint64_t seed) {
-  device().schedule = seed;
-  device().launches = 0;
-}
-
-}  // namespace emulation
-
-void launch_kernel(const void* kernel, const char* pretty, const Launch& launch, void* params) {
-  emulation::Device& device = emulation::device();
-  const std::lock_guard<std::mutex> lock(device.one_launch);
+void run_kernel(const Kernel& kernel, const char* pretty, const Launch& launch, const char* params) {
+  Device& the_device = device();
+  const std::lock_guard<std::mutex> lock(the_device.one_launch);
   const auto check = [&](const std::string& failure) {
     if (failure.empty()) return;
-    throw std::runtime_error("CUDA emulation: " + emulation::kernel_name(pretty) + ": " + failure);
+    throw std::runtime_error("CUDA emulation: " + kernel_name(pretty) + ": " + failure);
   };
-  check(emulation::objection(launch, device.limits));
+  check(objection(launch, the_device.limits));
 
-  emulation::Random random;
-  random.seed(device.schedule * 1'000'003 + device.launches++);
+  Random random;
+  random.seed(the_device.schedule * 1'000'003 + the_device.launches++);
   std::vector<std::pair<int, int>> places;
   for (int y = 0; y < launch.grid_y; ++y) {
     for (int x = 0; x < launch.grid_x; ++x) places.emplace_back(x, y);
@@ -94,8 +84,26 @@ void launch_kernel(const void* kernel, const char* pretty, const Launch& launch,
   for (const size_t group : order) {
     const auto first = places.begin() + static_cast<std::ptrdiff_t>(group * together);
     const auto last = first + static_cast<std::ptrdiff_t>(together);
-    check(emulation::run_blocks(launch, kernel, params, {first, last}, random.next()));
+    check(run_blocks(launch, kernel, params, {first, last}, random.next()));
   }
+}
+
+}  // namespace
+
+void set_limits(const DeviceLimits& limits) { device().limits = limits; }
+
+void set_schedule(uint64_t seed) {
+  device().schedule = seed;
+  device().launches = 0;
+}
+
+}  // namespace emulation
+
+void launch_kernel(const void* address, const char* pretty, const Launch& launch, void* params) {
+  const auto* const kernel = static_cast<const emulation::Kernel*>(address);
+  const auto* const bytes = static_cast<const char*>(params);
+  const std::vector<char> copy(bytes, bytes + kernel->parameter_bytes);
+  emulation::perform([=] { emulation::run_kernel(*kernel, pretty, launch, copy.data()); });
 }
 
 int resident_clusters_of(const void*, const char*, int, size_t shared_bytes, int cluster) {
@@ -105,7 +113,11 @@ int resident_clusters_of(const void*, const char*, int, size_t shared_bytes, int
 }
 
 DeviceLimits device_limits() { return emulation::device().limits; }
-void clear_async(void* memory, size_t bytes, void*) { std::memset(memory, 0, bytes); }
-void copy_async(void* to, const void* from, size_t bytes, void*) { std::memmove(to, from, bytes); }
+void clear_async(void* memory, size_t bytes, void*) {
+  emulation::perform([=] { std::memset(memory, 0, bytes); });
+}
+void copy_async(void* to, const void* from, size_t bytes, void*) {
+  emulation::perform([=] { std::memmove(to, from, bytes); });
+}
 
 }  // namespace fusedreg::cuda
