@@ -333,9 +333,12 @@ CONSTRUCTIONS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
 @pytest.mark.filterwarnings("ignore:dropout option")
 @pytest.mark.parametrize(("positional", "named"), CONSTRUCTIONS, ids=str)
 def test_construction_raises_what_nn_lstm_raises(positional: Any, named: Any) -> None:
-    with pytest.raises(Exception) as theirs:
-        nn.LSTM(*positional, **named)
-    with pytest.raises(type(theirs.value)) as ours:
+    theirs: type[Exception] | tuple[type[Exception], ...] = (TypeError, ValueError)
+    try:
+        nn.LSTM(*positional, **named)  # torch 2.10 takes some that later ones refuse
+    except Exception as error:
+        theirs = type(error)
+    with pytest.raises(theirs) as ours:
         fusedreg.LSTM(*positional, **named)
     assert ": expected " in str(ours.value)
 
