@@ -228,11 +228,11 @@ def run(
     if cast is not None:
         input, hx, layers = cast[:3]
     weight = layers[0].weight_ih
-    packed, host_lengths, batch_first = None, None, plan.batch_first
+    packed, packed_lengths, batch_first = None, None, plan.batch_first
     if isinstance(input, PackedSequence):
         validation.check_packed(input, lengths)
         packed, batch_first = input, False
-        input, host_lengths = pad(packed)
+        input, lengths, packed_lengths = pad(packed)
     shape = validation.check_input(input, architecture, weight, batch_first)
     batched = len(shape) == 3
     if not batched:
@@ -246,9 +246,7 @@ def run(
         state = validation.check_state(hx, architecture, input, rows if batched else None)
         if not batched:
             state = state[0].unsqueeze(1), state[1].unsqueeze(1)
-    if host_lengths is not None:
-        lengths = host_lengths.to(x.device)
-    elif lengths is not None:
+    if lengths is not None and packed is None:
         lengths = validation.check_lengths(lengths, rows if batched else None, steps, x.device)
     if reset is not None:
         reset = validation.check_reset(reset, tuple(input.shape[:-1]), x.device, architecture.bidirectional)
@@ -258,7 +256,7 @@ def run(
             reset = reset.transpose(0, 1)
     if plan.batch_statistics:
         validation.check_batch_norm_rows(rows)
-    recording = None if recorder is None else recorder.begin(Layout(batched, batch_first, packed, host_lengths))
+    recording = None if recorder is None else recorder.begin(Layout(batched, batch_first, packed, packed_lengths))
     layer_function = LAYER_FUNCTIONS[resolve(backend, x.device, x.dtype, process_group=plan.process_group)]
     statistics_read: list[RunningStatistics | None] = []
     if running is not None:
@@ -287,9 +285,9 @@ def run(
     )
     if cast is not None:
         output, final_hidden = output.to(cast.hidden_type), final_hidden.to(cast.hidden_type)
-    if packed is not None and host_lengths is not None:
-        output = pack_like(output, host_lengths, packed)
-        cells = None if cells is None else pack_like(cells, host_lengths, packed)
+    if packed is not None and packed_lengths is not None:
+        output = pack_like(output, packed_lengths, packed)
+        cells = None if cells is None else pack_like(cells, packed_lengths, packed)
     elif not batched:
         output, final_hidden, final_cell = output.squeeze(1), final_hidden.squeeze(1), final_cell.squeeze(1)
         cells = None if cells is None else cells.squeeze(1)

@@ -23,12 +23,12 @@ class Layout(NamedTuple):
     batched: bool = True
     batch_first: bool = False
     packed: PackedSequence | None = None
-    host_lengths: Tensor | None = None
+    packed_lengths: Tensor | None = None
 
     def restore(self, value: Tensor) -> Any:
         """``value (T, B, …)``, in the caller's layout."""
-        if self.packed is not None and self.host_lengths is not None:
-            return pack_like(value, self.host_lengths, self.packed)
+        if self.packed is not None and self.packed_lengths is not None:
+            return pack_like(value, self.packed_lengths, self.packed)
         if not self.batched:
             return value.squeeze(1)
         return value.transpose(0, 1) if self.batch_first else value

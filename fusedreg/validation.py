@@ -234,8 +234,19 @@ def check_lengths(lengths: Any, rows: int | None, steps: int, device: torch.devi
                 f"lengths: expected values in [0, {steps}], the input's steps, got values from {low} to {high}; "
                 f"clamp them or pad the input"
             )
-    on_device: Tensor = lengths.to(device=device, dtype=torch.int64)
-    return on_device
+    return lengths_on(device, lengths)
+
+
+def lengths_on(device: torch.device, lengths: Tensor) -> Tensor:
+    """The lengths as int64 on ``device``; those of the host without waiting for a GPU, and free to be changed at once.
+
+    A copy to a GPU that is not to be waited for has read ordinary memory when the call returns, pinned memory not.
+    """
+    from_host = device.type == "cuda" and lengths.device.type == "cpu" and not _traced(lengths)
+    if from_host and lengths.is_pinned():
+        lengths = lengths.clone()
+    moved: Tensor = lengths.to(device=device, dtype=torch.int64, non_blocking=from_host)
+    return moved
 
 
 def _lengths_of_sequence(lengths: Any) -> Tensor:

@@ -149,9 +149,9 @@ def _as_batch(lstm: LSTM | nn.LSTM, input: Any, gradients: Any, hx: Any, lengths
     hidden, cell = (None, None) if hx is None else hx
     if isinstance(input, PackedSequence):
         check_not_packed_twice(lengths)
-        input, lengths = pad(input)
+        input, lengths, _ = pad(input)
         if output_gradient is not None:
-            output_gradient, _ = pad(output_gradient)
+            output_gradient = pad(output_gradient).input
     elif input.dim() == 2:
         input, output_gradient, hidden, cell, reset, hidden_gradient, cell_gradient = (
             None if tensor is None else tensor.unsqueeze(1)

@@ -294,13 +294,18 @@ def test_a_cuda_graph_draws_fresh_masks(backend: Target) -> None:
 def test_nothing_waits_for_the_device(backend: Target, name: str) -> None:
     module = make(backend, name)
     x = inputs()
-    lengths, reset = torch.full((20,), 9, device=DEVICE), torch.zeros(12, 20, dtype=torch.bool, device=DEVICE)
+    on_host = torch.tensor([12, 9, 5, 1] * 5)
+    lengths, reset = on_host.to(DEVICE), torch.zeros(12, 20, dtype=torch.bool, device=DEVICE)
+    packed = nn.utils.rnn.pack_padded_sequence(x, on_host, enforce_sorted=False)
     module(x, lengths=lengths, reset=reset)[0].sum().backward()  # what is compiled or loaded may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         module(x, lengths=lengths, reset=reset, seed=4)[0].sum().backward()
         module(x)[0].sum().backward()
+        for given in (on_host, on_host.int(), on_host.pin_memory(), [12, 9, 5, 1] * 5):
+            module(x, lengths=given)[0].sum().backward()
+        module(packed)[0].data.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
