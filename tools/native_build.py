@@ -189,6 +189,7 @@ def common_flags(with_sanitizers: tuple[str, ...] = ()) -> tuple[str, ...]:
         flags[flags.index("-O3")] = "-O1"  # half the time to compile, and a readable trace
         flags += ["-fexpensive-optimizations"]  # GCC contracts a * b + c under this one; the error budget relies on it
         flags += [f"-fsanitize={','.join(with_sanitizers)}", "-fno-omit-frame-pointer", "-g1"]
+        flags += ["-DFUSEDREG_POISON_WORKSPACE"]  # scratch memory starts as NaN
         if "undefined" in with_sanitizers:
             flags += ["-fno-sanitize-recover=undefined"]
     return tuple(flags)
