@@ -18,6 +18,7 @@ from fusedreg.layer import compute_dtype
 from fusedreg.parameters import Architecture
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_STRIDED = torch.strided
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -49,7 +50,8 @@ def check_input(input: Any, architecture: Architecture, weight: Tensor, batch_fi
         raise TypeError(
             f"input: expected a tensor or a PackedSequence, got {type(input).__name__}; convert with torch.as_tensor"
         )
-    check_layout("input", input)
+    if input.layout is not _STRIDED or input.is_nested:
+        check_layout("input", input)
     shape: tuple[int, ...] = input.shape
     if len(shape) not in (2, 3):
         raise ValueError(
@@ -130,9 +132,9 @@ def check_state(hx: Any, architecture: Architecture, input: Tensor, rows: int | 
     Raises:
         InputTypeError: not a pair of tensors. InputError: wrong shape, type or device.
     """
-    rows_of = () if rows is None else (rows,)
-    places = architecture.num_layers * architecture.num_directions
-    expected = (places, *rows_of, architecture.state_size), (places, *rows_of, architecture.hidden_size)
+    places, width = architecture.num_layers * architecture.num_directions, architecture.hidden_size
+    leading = (places,) if rows is None else (places, rows)
+    expected = (*leading, architecture.proj_size or width), (*leading, width)
     if type(hx) is tuple and len(hx) == 2 and are_states(hx[0], hx[1], expected, input):
         return hx
     if isinstance(hx, Tensor) or not isinstance(hx, Sequence) or len(hx) != 2:
@@ -161,9 +163,9 @@ def are_states(hidden: Any, cell: Any, expected: tuple[tuple[int, ...], tuple[in
         and isinstance(cell, Tensor)
         and hidden.shape == expected[0]
         and cell.shape == expected[1]
-        and hidden.dtype == cell.dtype == input.dtype
+        and hidden.dtype is cell.dtype is input.dtype
         and hidden.device == cell.device == input.device
-        and hidden.layout is cell.layout is torch.strided
+        and hidden.layout is cell.layout is _STRIDED
     )
 
 
