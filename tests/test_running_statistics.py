@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
+from helpers import compiled
 from torch import Tensor
 
+import fusedreg
 from fusedreg.layer import BatchStatistics, LayerOptions
 from fusedreg.parameters import Architecture
 from fusedreg.regularization import BatchNorm
@@ -229,3 +233,21 @@ def test_16_bit_buffers_mix_in_the_statistics_dtype() -> None:
     update_running(buffers, narrow, norm, steps=2, rows=4, lengths=None)
     expected = (0.5 * values["cell"].mean(1)).to(torch.bfloat16)
     torch.testing.assert_close(buffers["running_cell_mean"], expected)
+
+
+@compiled
+@pytest.mark.parametrize("input_statistics", ["sequence", "step"])
+def test_statistics_of_many_values_lose_no_digits(input_statistics: Literal["sequence", "step"]) -> None:
+    """A hundred thousand of a pooled sequence, ten thousand rows of a step: float32 sums that do not lose digits."""
+    steps, rows = (784, 128) if input_statistics == "sequence" else (2, 10_000)
+    norm = BatchNorm(statistics="shared", input_statistics=input_statistics, recurrent=False, cell=False, momentum=1.0)
+    torch.manual_seed(0)
+    lstm, x = fusedreg.LSTM(4, 16, bias=False, norm=norm), torch.randn(steps, rows, 4) + 3
+    with torch.no_grad():
+        lstm(x)
+        terms = x.double() @ lstm.weight_ih_l0.double().T
+    pooled = terms.reshape(1, -1, 64) if input_statistics == "sequence" else terms
+    for name, exact in (("mean", pooled.mean(1).mean(0)), ("var", pooled.var(1).mean(0))):
+        found = lstm.get_buffer(f"running_input_{name}_l0").flatten().double()
+        error = float((found - exact).norm() / exact.norm())
+        assert error <= 4 * torch.finfo(torch.float32).eps, name
