@@ -78,10 +78,8 @@ def autocast(input: Any, hx: Any, layers: Sequence[LayerParameters], *, of_cell:
             given = cell.dtype
             if given != torch.float64:
                 cell = cell.to(torch.promote_types(given, narrow))
-            elif (
-                kind == "cell" and device == "cpu"
-            ):  # which torch takes beside anything; here it is the gates' precision
-                cell = cell.to(compute_dtype(narrow))
+            elif kind == "cell" and device == "cpu":
+                cell = cell.to(compute_dtype(narrow))  # torch takes it beside anything; here in the gates' precision
         hx = cast(hx[0]), cell
     cast_input = input._replace(data=cast(data)) if isinstance(input, PackedSequence) else cast(data)
     cast_layers = [LayerParameters(*(cast(value) for value in layer)) for layer in layers]

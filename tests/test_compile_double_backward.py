@@ -53,7 +53,7 @@ def whole(function: Any, *, fullgraph: bool = True) -> Any:
 def traced_autograd() -> Iterator[None]:
     """What lets ``torch.autograd.grad`` into a graph."""
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        pytest.skip("not run: a torch that traces torch.autograd.grad")
+        pytest.skip("not run: needs a torch that traces torch.autograd.grad")
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         yield
 
